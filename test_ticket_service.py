@@ -1,0 +1,2090 @@
+#!/usr/bin/env python3
+"""Tests of ticket_service.py, from outside: over real sockets, against a stand-in Mattermost.
+
+    python3 -m unittest
+
+The stand-in answers as Mattermost 9.4 to 11.6 do, and is stricter: it complains of what Mattermost
+would let pass. A test makes it fail with script(); after each test, nothing that must not be logged
+may be in the log.
+"""
+
+import base64
+import collections
+import contextlib
+import datetime
+import http.client
+import http.server
+import itertools
+import json
+import logging
+import os
+import re
+import secrets
+import select
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import urllib.parse
+from pathlib import Path
+
+import ticket_service
+
+HERE = Path(__file__).resolve().parent
+BOT_TOKEN = "b" * 26
+CALLBACK_URL = "http://tickets.example.com:8080/sub"
+SLASH_TOKEN = "1nzmkfsnob8aijxsx1kpot1dwc"
+ALICE = "pxxhctq71pgnfdzkjebnck7x4r"
+BOB = "abe8mg4f97n15nhobuh4asuzse"
+BOT = "mhzy9fx8pibi3jz7dwkwtzeazr"
+USERS = {ALICE: "alice", BOB: "bob", BOT: "ticket-bot"}
+TEAM = "5tkh6wrqyfbixqnt31178yty4r"
+HELPDESK = "xy598dj81pnabe8p5ayj81sfya"
+QUIET = "ih3dt6fqj3ys8buknt45s8beqc"
+SECRET = "zudngrq4fb8jic1qx8pnbuexza"
+DIRECT = "qfa7ohwi17r5uxpthn5gy63fwo"
+ARCHIVED = "e7uq8rmkx3fq9gh4tmob1cnzaw"
+OTHERS = "a89o8q346ib8tmwda66iacqita"
+NO_PERMISSION = (403, "api.context.permissions.app_error")
+TRIGGER_EXPIRED = "interactive_message.decode_trigger_id.expired"
+TICKET_ID = r"^Ticket-\d{8}-[0-9A-HJKMNP-TV-Z]{4}$"
+
+# A certificate for 127.0.0.1 that is its own CA. The key is no secret: nobody else trusts it.
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIB1jCCAX2gAwIBAgIUEbC6y0bO4OokYGOXBdxCdBS/JkwwCgYIKoZIzj0EAwIw
+KjEoMCYGA1UEAwwfZm9yIHRoZSB0ZXN0cyBvZiB0aWNrZXRfc2VydmljZTAgFw0y
+NjExMjMxNTEwNTJaGA8yMTI2MTAzMDE1MTA1MlowKjEoMCYGA1UEAwwfZm9yIHRo
+ZSB0ZXN0cyBvZiB0aWNrZXRfc2VydmljZTBZMBMGByqGSM49AgEGCCqGSM49AwEH
+A0IABLaDjCbZTKu2lz4IQa6IJjcPrYtasKL0IEQZ7eV1FMqfobOCG7tkf9YY+8KG
+8n8yHlY+OeiUPT89NcgiEG7Es9ejfzB9MB0GA1UdDgQWBBRiVCT0AwhEeR0I8Mi5
+tHAuGKIjRzAfBgNVHSMEGDAWgBRiVCT0AwhEeR0I8Mi5tHAuGKIjRzAPBgNVHRMB
+Af8EBTADAQH/MA4GA1UdDwEB/wQEAwIChDAaBgNVHREEEzARhwR/AAABgglsb2Nh
+bGhvc3QwCgYIKoZIzj0EAwIDRwAwRAIgZtLxLjSKT89yIoJtY2mn1dmVnqXDrIrs
+tay+MkOQO/UCID9LKC7hZdgK3aPwbPJ8FMbyFLjT8HVS1U+YeMqOll6X
+-----END CERTIFICATE-----
+"""
+PRIVATE_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgBaagKEC4ODeD/5s8
+jKz5t8FlXua8ZK5RfPVhSLbzFjWhRANCAAS2g4wm2Uyrtpc+CEGuiCY3D62LWrCi
+9CBEGe3ldRTKn6Gzghu7ZH/WGPvChvJ/Mh5WPjnolD0/PTXIIhBuxLPX
+-----END PRIVATE KEY-----
+"""
+
+# A slash command and a dialog submission as three versions sent them: (token, form, JSON)
+RECORDED = {
+    "9.4": (
+        "xan3cywo9b85bpzhryd5t68cww",
+        "channel_id=ys8tr9o6apng9qpmtshtc7cftc&channel_mentions=quiet&channel_mentions_ids=qnwb"
+        "bjiuk7gf9dzdjkqgtkh11c&channel_name=helpdesk&command=%2Fticketrec&response_url=http%3A"
+        "%2F%2Flocalhost%3A8064%2Fhooks%2Fcommands%2Ffyhkhcdbmbyri8uefsfj6ri1cc&team_domain=ops"
+        "&team_id=qstu3tybh3fdupecsp9pfj548a&text=disk+is+full+on+%40bob+see+~quiet+%26+100%25+"
+        "%22ok%22%0Asecond+line&token=xan3cywo9b85bpzhryd5t68cww&trigger_id=MWpzZjk1aXc3M3JrOXl"
+        "lbnh3bWYzcWgxanc6dWV3aWUzYmRqN2czenJnM2Z0aTExY2NnaHc6MTc5NTQyNTAxMTU4NDpNRVlDSVFEU20zY"
+        "UM2UjBRbjVTOEtOWC9UblVjSjI5OGZBRGZ4NHk3ZjBET0o2VWJZUUloQUtxeXpNRkFIWmYxV1BXYUkwWkthbSs"
+        "yeitjbjhwRks5UHg0cE1tL0lGakQ%3D&user_id=uewie3bdj7g3zrg3fti11ccghw&user_mentions=bob&u"
+        "ser_mentions_ids=dosdban4hbb97y6spgby5k6kjc&user_name=alice",
+        '{"type":"dialog_submission","callback_id":"ticket","state":"STATE","user_id":"uewie3bd'
+        'j7g3zrg3fti11ccghw","channel_id":"ys8tr9o6apng9qpmtshtc7cftc","team_id":"qstu3tybh3fdu'
+        'pecsp9pfj548a","submission":{"cluster":"prod","network":"","problem":"disk is full\\nsi'
+        'nce nine @all","resource":"vm-042"},"cancelled":false}'),
+    "10.9": (
+        "g5fyf8zqei81xmg87afk7hkq5a",
+        "channel_id=5rnibntytjnmjc9tz4ofyru5jy&channel_mentions=quiet&channel_mentions_ids=yij3"
+        "kf653j89pyf3qhjqioprxh&channel_name=helpdesk&command=%2Fticketrec&response_url=http%3A"
+        "%2F%2Flocalhost%3A8065%2Fhooks%2Fcommands%2Ft7cok1r4pfy8fcogazduhdr56y&team_domain=ops"
+        "&team_id=hh8sh175rty5ubpyuqapa1561e&text=disk+is+full+on+%40bob+see+~quiet+%26+100%25+"
+        "%22ok%22%0Asecond+line&token=g5fyf8zqei81xmg87afk7hkq5a&trigger_id=YmlqMTM1anducGc3ZDh"
+        "yNDdmeWU5a2Z4em86aTdwZ3BkdWFjZmI0aXlkZjk1eDZxbTZyZ3c6MTc5NTQyNTA0MzI1ODpNRVFDSUFDdVdMd"
+        "kVlVE1wcDFyelZ6N283dzY3NG5BS2lYRHB2QlFnUEtSSk1zSlFBaUFqL0ljRGdGOEhIQUVoUVBDRDVKaVV2QzR"
+        "aUVVDRDJuTU5zbVhra2QwdjRBPT0%3D&user_id=i7pgpduacfb4iydf95x6qm6rgw&user_mentions=bob&u"
+        "ser_mentions_ids=zki51t9ba3y4byco38c8w1wr1w&user_name=alice",
+        '{"type":"dialog_submission","callback_id":"ticket","state":"STATE","user_id":"i7pgpdua'
+        'cfb4iydf95x6qm6rgw","channel_id":"5rnibntytjnmjc9tz4ofyru5jy","team_id":"hh8sh175rty5u'
+        'bpyuqapa1561e","submission":{"cluster":"prod","network":"","problem":"disk is full\\nsi'
+        'nce nine @all","resource":"vm-042"},"cancelled":false}'),
+    "11.6": (
+        "1nzmkfsnob8aijxsx1kpot1dwc",
+        "channel_id=xy598dj81pnabe8p5ayj81sfya&channel_mentions=quiet&channel_mentions_ids=a89o"
+        "8q346ib8tmwda66iacqita&channel_name=helpdesk&command=%2Fticketrec&response_url=http%3A"
+        "%2F%2Flocalhost%3A8066%2Fhooks%2Fcommands%2Fuow574xjtigdb8aqgx9tqqqmme&root_id=&team_d"
+        "omain=ops&team_id=5tkh6wrqyfbixqnt31178yty4r&text=disk+is+full+on+%40bob+see+~quiet+%2"
+        "6+100%25+%22ok%22%0Asecond+line&token=1nzmkfsnob8aijxsx1kpot1dwc&trigger_id=bmhwYm1uNm"
+        "00cDhpeHI3NmQzMTMzdXp3Z2E6cHh4aGN0cTcxcGduZmR6a2plYm5jazd4NHI6MTc5NTQyNTA3NTA5MjpNRVlD"
+        "SVFEL1J2T2JMMDQrNmxxenNUeHRSdEhqQnhFQ0NRRmdPS2V1bEdWdUtmWjJLUUloQUl5TWJOa29PZ0xwNklvcW"
+        "d2WFc0TlpXa0huaUk3OE9LS0wyaEJXVVRoOGg%3D&user_id=pxxhctq71pgnfdzkjebnck7x4r&user_menti"
+        "ons=bob&user_mentions_ids=abe8mg4f97n15nhobuh4asuzse&user_name=alice",
+        '{"type":"dialog_submission","callback_id":"ticket","state":"STATE","user_id":"pxxhctq7'
+        '1pgnfdzkjebnck7x4r","channel_id":"xy598dj81pnabe8p5ayj81sfya","team_id":"5tkh6wrqyfbix'
+        'qnt31178yty4r","submission":{"cluster":"prod","network":"","problem":"disk is full\\nsi'
+        'nce nine @all","resource":"vm-042"},"cancelled":false}'),
+}
+
+
+
+# ----------------------------------------------------------------------- the stand-in Mattermost
+
+def new_id():
+    """Return an ID as Mattermost makes them."""
+    return "".join(secrets.choice("ybndrfg8ejkmcpqxot1uwisza345h769") for _ in range(26))
+
+
+def is_call(wanted, call):
+    """Return whether a call (METHOD path) is the one that is wanted, or begins like it."""
+    return call.startswith(wanted) if wanted.endswith("/") else call == wanted
+
+
+class Channel:
+    def __init__(self, name, kind="O", members=(), archived=False, team=TEAM):
+        self.name, self.kind, self.members, self.team = name, kind, set(members), team
+        self.delete_at = 1795425075592 if archived else 0
+
+
+class Failure(Exception):
+    """An answer of Mattermost's other than success: status and id of its error object."""
+
+
+class StandIn(http.server.ThreadingHTTPServer):
+    """A Mattermost with one team, and the people who use it.
+
+    Its API is in ROUTES. run_command(), submit_dialog() and press() are what its clients do.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, version="11.6.0", tls=None, port=0):
+        super().__init__(("127.0.0.1", port), StandInHandler)
+        self.version, self.tls = version, tls
+        self.lock = threading.RLock()
+        self.service = None  # host and port of what people know as CALLBACK_URL
+        self.site_url = self.url
+        self.sub_path = ""  # where its addresses begin
+        self.roles = "system_user"
+        self.teams = [{"id": TEAM, "name": "ops"}]
+        self.channels = {
+            HELPDESK: Channel("helpdesk", members=(ALICE, BOB, BOT)),
+            QUIET: Channel("quiet", members=(ALICE, BOB)),
+            SECRET: Channel("secret", "P", members=(ALICE, BOB)),
+            DIRECT: Channel(f"{BOB}__{ALICE}", "D", members=(ALICE, BOB)),
+            ARCHIVED: Channel("archived", members=(ALICE, BOB, BOT), archived=True),
+            OTHERS: Channel("others", members=(ALICE,), team="another" + TEAM[7:]),
+        }
+        self.posts, self.pending = {}, {}
+        self.hooks = {}  # ID: [uses left, user, channel]
+        self.triggers = {}  # trigger_id: user
+        self.dialogs = []  # (user, url, dialog), as opened
+        self.ephemeral = []  # (user, channel, text)
+        self.calls = []  # "METHOD path", as the service made them
+        self.bodies = []  # of these calls
+        self.scripts = collections.defaultdict(collections.deque)
+        self.complaints = []
+        self.connections = 0  # that were accepted
+        self.open = set()
+
+    @property
+    def url(self):
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.server_port}"
+
+    def finish_request(self, request, client_address):
+        self.connections += 1
+        if self.tls:  # in the thread of the connection, so that a bad handshake stops nobody else
+            request = self.tls.wrap_socket(request, server_side=True)
+        with request:
+            self.open.add(request)
+            super().finish_request(request, client_address)
+            self.open.discard(request)
+
+    def hang_up(self):
+        """Close all connections, as a restart does."""
+        for connection in list(self.open):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request, client_address):
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            self.complain(f"bug in the stand-in: {error!r}")
+
+    def script(self, call, *behaviours):
+        """Let the next requests with this METHOD and path be answered otherwise."""
+        self.scripts[call].extend(behaviours)
+
+    def complain(self, what):
+        self.complaints.append(what)
+
+    def made(self, call):
+        """Return the bodies of the requests with this METHOD and path."""
+        return [body for made, body in zip(self.calls, self.bodies) if is_call(call, made)]
+
+    def roots(self):
+        return [post for post in self.posts.values() if not post["root_id"]]
+
+    def replies(self):
+        return [post for post in self.posts.values() if post["root_id"]]
+
+    # What its clients do
+
+    def post_to_service(self, url, body, content_type):
+        """Return status, content type and body of the service's answer to Mattermost."""
+        address, path = self.service, url.removeprefix(CALLBACK_URL)
+        connection = http.client.HTTPConnection(*address, timeout=30)
+        with contextlib.closing(connection):
+            connection.request("POST", path, body, {
+                "User-Agent": "Mattermost-Bot/1.1", "Accept": "application/json",
+                "Content-Type": content_type, "Accept-Encoding": "gzip"})
+            answer = connection.getresponse()
+            return answer.status, answer.headers.get_content_type(), answer.read()
+
+    def command_form(self, user, channel_id, text, **changes):
+        """Return the fields of a slash command, and remember its trigger and hook."""
+        hook = new_id()
+        trigger = base64.b64encode(f"{new_id()}:{user}:{time.time_ns()}".encode()).decode()
+        self.hooks[hook] = [5, user, channel_id]
+        self.triggers[trigger] = user
+        form = {"channel_id": channel_id, "channel_name": self.channels[channel_id].name,
+                "command": "/ticket",
+                "response_url": f"http://elsewhere.invalid/hooks/commands/{hook}",
+                "team_domain": "ops", "team_id": TEAM, "text": text, "token": SLASH_TOKEN,
+                "trigger_id": trigger, "user_id": user, "user_name": USERS[user]}
+        if self.version >= "11":
+            form["root_id"] = ""
+        return {**form, **changes}
+
+    def run_command(self, text="", user=ALICE, channel_id=HELPDESK, **changes):
+        """Let a person type /ticket; return what they see at once: "" or an ephemeral text."""
+        form = self.command_form(user, channel_id, text, **changes)
+        status, kind, body = self.post_to_service(
+            CALLBACK_URL + "/ticket", urllib.parse.urlencode(sorted(form.items())).encode(),
+            "application/x-www-form-urlencoded")
+        if status != 200:
+            return f"Command with a trigger of 'ticket' returned response {status}."
+        if kind != "application/json":
+            return body.decode()
+        answer = json.loads(body)  # fails for an empty body, as Mattermost does
+        if answer.get("text"):
+            if not answer.get("skip_slack_parsing") or answer.get("response_type") != "ephemeral":
+                self.complain(f"an answer that everybody sees, or that is parsed: {answer}")
+            self.ephemeral.append((user, channel_id, answer["text"]))
+        elif answer:
+            self.complain(f"an answer to a command that shows nothing: {answer}")
+        return answer.get("text", "")
+
+    def submit_dialog(self, answers, number=-1, user=ALICE, channel_id=HELPDESK, **changes):
+        """Let a person submit a dialog; return what their client gets: {} closes it."""
+        _, url, dialog = self.dialogs[number]
+        submission = {
+            "type": "dialog_submission", "callback_id": dialog.get("callback_id", ""),
+            "state": dialog.get("state", ""), "user_id": user, "channel_id": channel_id,
+            "team_id": TEAM, "submission": answers, "cancelled": False, **changes}
+        # Go writes <, > and & like this
+        body = re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", json.dumps(submission))
+        status, _, body = self.post_to_service(url, body.encode(), "application/json")
+        if status != 200:
+            return {"closed": "and everything typed is lost"}
+        answer = json.loads(body or b"{}")
+        names = {element["name"] for element in dialog["elements"]}
+        if not set(answer.get("errors", {})) <= names:
+            self.complain(f"errors for fields that are not there: {answer}")
+        return answer
+
+    # What the service asks of it
+
+    def user(self):
+        return {"id": BOT, "username": "ticket-bot", "roles": self.roles, "is_bot": True}
+
+    def bot_may_post(self, channel_id):
+        channel = self.channels.get(channel_id)
+        return channel and (BOT in channel.members or "system_post_all" in self.roles.split())
+
+    def get_channel(self, _, channel_id):
+        channel = self.channels.get(channel_id)
+        if not channel:
+            raise Failure(404, "app.channel.get.existing.app_error")
+        if BOT not in channel.members and (channel.kind != "O" or channel.team != TEAM):
+            raise Failure(*NO_PERMISSION)
+        return 200, {"id": channel_id, "type": channel.kind, "delete_at": channel.delete_at,
+                     "name": channel.name, "team_id": channel.team}
+
+    def get_member(self, _, channel_id):
+        if BOT not in getattr(self.channels.get(channel_id), "members", ()):
+            raise Failure(*NO_PERMISSION)
+        return 200, {"channel_id": channel_id, "user_id": BOT, "roles": "channel_user"}
+
+    def join(self, body, channel_id):
+        channel = self.channels.get(channel_id)
+        if channel and channel.kind in "DG":
+            raise Failure(400, "api.channel.add_user_to_channel.type.app_error")
+        if not channel or channel.kind != "O" or channel.team != TEAM or body != {"user_id": BOT}:
+            raise Failure(*NO_PERMISSION)
+        channel.members.add(BOT)
+        return 201, {"channel_id": channel_id, "user_id": BOT, "roles": "channel_user"}
+
+    def create_post(self, body):
+        channel_id, pending_id = body["channel_id"], body.get("pending_post_id", "")
+        if not self.bot_may_post(channel_id):
+            raise Failure(*NO_PERMISSION)
+        if pending_id in self.pending:
+            if not self.pending[pending_id]:
+                raise Failure(500, "api.post.deduplicate_create_post.pending")
+            made = {**self.posts[self.pending[pending_id]], "pending_post_id": ""}
+            made.pop("metadata")
+            return 201, made
+        if self.channels[channel_id].delete_at:
+            raise Failure(400, "api.post.create_post.can_not_post_to_deleted.error")
+        if len(body["message"]) > 16383:
+            raise Failure(400, "model.post.is_valid.message_length.app_error")
+        root_id = body.get("root_id", "")
+        if root_id and self.posts.get(root_id, {}).get("channel_id") != channel_id:
+            raise Failure(400, "api.post.create_post.root_id.app_error")
+        self.check_post(body)
+        now = time.time_ns() // 10**6
+        post = {"id": new_id(), "create_at": now, "update_at": now, "edit_at": 0, "delete_at": 0,
+                "is_pinned": False, "user_id": BOT, "channel_id": channel_id, "root_id": root_id,
+                "original_id": "", "message": body["message"], "type": "",
+                "props": {**body.get("props", {}), "from_bot": "true"},
+                "hashtags": " ".join(re.findall(r"(?<!\S)#[A-Za-z][\w-]*", body["message"])),
+                "file_ids": [], "pending_post_id": pending_id, "reply_count": 0, "metadata": {}}
+        self.posts[post["id"]] = post
+        if root_id:
+            self.posts[root_id]["reply_count"] += 1
+        if pending_id:
+            self.pending[pending_id] = post["id"]
+        return 201, post
+
+    def check_post(self, body):
+        """Complain of a post that Mattermost would take."""
+        if not body.get("pending_post_id"):
+            self.complain("a post without pending_post_id can't be repeated safely")
+        if not isinstance(body.get("props", {}).get("attachments"), list):
+            self.complain("a post without props.attachments loads previews and images")
+
+    def get_posts(self, _, channel_id):
+        if not self.bot_may_post(channel_id) or BOT not in self.channels[channel_id].members:
+            raise Failure(*NO_PERMISSION)
+        found = {post_id: post for post_id, post in self.posts.items()
+                 if post["channel_id"] == channel_id}
+        return 200, {"order": list(found)[::-1], "posts": found}
+
+    def create_ephemeral_post(self, body):
+        if "system_admin" not in self.roles:
+            raise Failure(*NO_PERMISSION)
+        post = body["post"]
+        self.ephemeral.append((body["user_id"], post["channel_id"], post["message"]))
+        return 201, post
+
+    def use_hook(self, body, hook):
+        if hook not in self.hooks:
+            raise Failure(404, "web.command_webhook.general.app_error")
+        if not self.hooks[hook][0]:
+            raise Failure(400, "web.command_webhook.general.app_error")
+        self.hooks[hook][0] -= 1
+        _, user, channel_id = self.hooks[hook]
+        self.ephemeral.append((user, channel_id, body["text"]))
+        return 200, "ok"
+
+    def open_dialog(self, body):
+        user = self.triggers.get(body["trigger_id"])
+        if not user:
+            raise Failure(400, TRIGGER_EXPIRED)
+        self.check_dialog(body["dialog"])
+        self.dialogs.append((user, body["url"], body["dialog"]))
+        return 200, {"status": "OK"}
+
+    def check_dialog(self, dialog):
+        """Complain of a dialog that Mattermost would only log, and refuse what it refuses."""
+        kinds = {"text": 150, "textarea": 3000, "select": 3000, "radio": 3000, "bool": 150}
+        limits = [("title", dialog["title"], 1, 24)]
+        for element in dialog["elements"]:
+            name, most = element["name"], kinds[element["type"]]
+            if type(element.get("optional", False)) is not bool:
+                raise Failure(400, "api.context.invalid_body_param.app_error")
+            limits += [("name", name, 1, 300), ("display_name", element["display_name"], 1, 24),
+                       ("help_text", element.get("help_text", ""), 0, 150),
+                       ("placeholder", element.get("placeholder", ""), 0, most),
+                       ("default", element.get("default", ""), 0, most)]
+            for option in element.get("options", ()):
+                if set(option) != {"text", "value"}:
+                    self.complain(f"an option that Mattermost does not know: {option}")
+        for what, text, least, most in limits:
+            if not least <= len(text.encode()) <= most:
+                self.complain(f"{what} has {len(text.encode())} bytes")
+        if len({element["name"] for element in dialog["elements"]}) < len(dialog["elements"]):
+            self.complain("two elements have the same name")
+
+
+ROUTES = [
+    ("GET", "/api/v4/config/client", lambda self, _: (200, {
+        "Version": self.version, "BuildNumber": "", "SiteURL": self.site_url})),
+    ("GET", "/api/v4/users/me", lambda self, _: (200, self.user())),
+    ("GET", "/api/v4/users/me/teams", lambda self, _: (200, self.teams)),
+    ("GET", "/api/v4/channels/([a-z0-9]{26})", StandIn.get_channel),
+    ("GET", "/api/v4/channels/([a-z0-9]{26})/members/me", StandIn.get_member),
+    ("POST", "/api/v4/channels/([a-z0-9]{26})/members", StandIn.join),
+    ("GET", "/api/v4/channels/([a-z0-9]{26})/posts", StandIn.get_posts),
+    ("POST", "/api/v4/posts", StandIn.create_post),
+    ("POST", "/api/v4/posts/ephemeral", StandIn.create_ephemeral_post),
+    ("POST", "/api/v4/actions/dialogs/open", StandIn.open_dialog),
+    ("POST", "/hooks/commands/([A-Za-z0-9]+)", StandIn.use_hook),
+]
+WITHOUT_TOKEN = ("/api/v4/config/client", "/api/v4/actions/dialogs/open", "/hooks/commands/")
+
+
+class StandInHandler(http.server.BaseHTTPRequestHandler):
+    """Answers on kept connections, as Mattermost does, each time in one write."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = 10
+
+    def respond(self):
+        text = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = self.path.partition("?")[0].removeprefix(self.server.sub_path)
+        call = f"{self.command} {path.removeprefix('/api/v4')}"
+        stand_in = self.server
+        with stand_in.lock:
+            stand_in.calls.append(call)
+            stand_in.bodies.append(self.body(text))
+            behave = next((script.popleft() for wanted, script in stand_in.scripts.items()
+                           if script and is_call(wanted, call)), None)
+        if behave:
+            behave(self, lambda: self.work(path, text))
+        else:
+            self.reply(*self.work(path, text))
+
+    do_GET = do_POST = do_PUT = respond
+
+    def body(self, text):
+        if len(text) > 300_000:
+            return None
+        if text and (b"\\u" in text or self.headers.get("Content-Type") != "application/json"):
+            self.server.complain("a body that is not JSON in UTF-8 without escapes")
+        return json.loads(text) if text else None
+
+    def work(self, path, text):
+        """Return status and payload of the real answer."""
+        stand_in = self.server
+        try:
+            if len(text) > 300_000:
+                raise Failure(413, "api.context.request_body_too_large.app_error")
+            known = self.headers["Authorization"] == f"Bearer {BOT_TOKEN}"
+            if not known and not path.startswith(WITHOUT_TOKEN):
+                raise Failure(401, "api.context.session_expired.app_error")
+            for method, pattern, answer in ROUTES:
+                match = re.fullmatch(pattern, path)
+                if match and method == self.command:
+                    with stand_in.lock:
+                        return answer(stand_in, json.loads(text) if text else None, *match.groups())
+            raise Failure(404, "api.context.404.app_error")
+        except Failure as failure:
+            return error_answer(*failure.args)
+
+    def reply(self, status, payload, **headers):
+        plain = isinstance(payload, str)
+        body = (payload if plain else json.dumps(payload)).encode()
+        lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body)}",
+                 f"Content-Type: {'text/plain' if plain else 'application/json'}",
+                 f"X-Version-Id: {self.server.version}"]
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+        self.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+
+    def write(self, answer):
+        self.close_connection = b"\r\nConnection: close\r\n" in answer
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+def error_answer(status, error_id):
+    """Return an answer with Mattermost's error object; its words hold what must not be logged."""
+    return status, {"id": error_id, "message": "Failed to handle command webhook hookhookhook.",
+                    "detailed_error": "", "request_id": new_id(), "status_code": status}
+
+
+# What the stand-in can be scripted to do instead: each takes the handler and the real work
+
+def fails(status, error_id="", **headers):
+    """Answer with an error, and do nothing."""
+    return lambda handler, _: handler.reply(*error_answer(status, error_id), **headers)
+
+
+def says(answer):
+    """Answer with these bytes, do nothing, and close the connection."""
+    def behave(handler, _):
+        handler.write(answer)
+        handler.close_connection = True
+    return behave
+
+
+def http_answer(status, body, headers=b""):
+    """Answer with this body, and do nothing."""
+    return says(b"HTTP/1.1 %d X\r\n%sContent-Length: %d\r\n\r\n%s"
+                % (status, headers, len(body), body))
+
+
+def slow(seconds):
+    """Answer as usual, but later."""
+    def behave(handler, work):
+        time.sleep(seconds)
+        handler.reply(*work())
+    return behave
+
+
+def hangs_up(handler, _):
+    """Close the connection without an answer, and do nothing."""
+    handler.close_connection = True
+
+
+def loses_the_answer(handler, work):
+    """Do as asked, and close the connection without an answer."""
+    work()
+    handler.close_connection = True
+
+
+def cuts_the_answer(handler, work):
+    """Do as asked, and close the connection in the middle of the answer."""
+    status, payload = work()
+    body = json.dumps(payload).encode()
+    handler.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body[:-7]))
+    handler.close_connection = True
+
+
+def closes(handler, work):
+    """Answer as usual, and close the connection."""
+    handler.reply(*work(), Connection="close")
+
+
+# -------------------------------------------------------------------------------- the base case
+
+def is_readable(connection):
+    """Return whether there is something to read, if only the end."""
+    return bool(select.select([connection], [], [], 0)[0])
+
+
+def in_threads(number, work):
+    """Run work(0), work(1), … at the same time; raise what one of them raised."""
+    trouble = []
+
+    def run(index):
+        try:
+            work(index)
+        except BaseException as error:
+            trouble.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if trouble:
+        raise trouble[0]
+
+
+class LogLines(logging.Handler):
+    """Keeps what the service logs."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(logging.Formatter("%(levelname)s %(message)s").format(record))
+
+
+def answers_to(form=ticket_service.FORM, mark="typed"):
+    """Return answers that fit a form, whatever its elements are; each text holds the mark."""
+    special = {"number": 42, "email": "alice@example.com", "url": "https://example.com/"}
+
+    def answer_to(element):
+        if element["type"] == "bool":
+            return True
+        if "options" in element:
+            return element["options"][0]["value"]
+        return special.get(element.get("subtype"), f"{mark} {element['name']}")
+
+    return {element["name"]: answer_to(element) for element in form["elements"]}
+
+
+class Case(unittest.TestCase):
+    """A stand-in Mattermost, and a service that is made for it on demand."""
+
+    environment = {}
+
+    def setUp(self):
+        self.log = LogLines()
+        ticket_service.log.addHandler(self.log)
+        ticket_service.log.setLevel(logging.DEBUG)
+        ticket_service.log.propagate = False
+        self.addCleanup(ticket_service.log.removeHandler, self.log)
+        self.mattermost = self.start_stand_in()
+        self.start_service()
+
+    def start_stand_in(self, **details):
+        stand_in = StandIn(**details)
+        thread = threading.Thread(target=stand_in.serve_forever, args=(0.02,))
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(stand_in.server_close)
+        self.addCleanup(stand_in.shutdown)
+        self.addCleanup(lambda: self.assertEqual(stand_in.complaints, []))
+        return stand_in
+
+    def settings(self, **changes):
+        environment = {"MATTERMOST_URL": self.mattermost.url, "BOT_TOKEN": BOT_TOKEN,
+                       "SLASH_TOKEN": SLASH_TOKEN, "CALLBACK_URL": CALLBACK_URL, "PORT": "0"}
+        return {**environment, **self.environment, **changes}
+
+    def start_service(self, **changes):
+        """Return a running server; the stand-in's people use the one that was started last."""
+        settings = ticket_service.Settings.from_environment(self.settings(**changes))
+        server = ticket_service.Server(ticket_service.Desk(settings), settings.port)
+        server.stop_within = 0.3  # seconds; the process waits until its last ID is in the past
+        server.desk.pause = 0.02
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        self.mattermost.service = ("127.0.0.1", server.server_port)
+        self.service = server
+        self.addCleanup(self.stop_service, server, thread)
+        return server
+
+    def stop_service(self, server, thread):
+        """Stop a server, and look for what must not be in its log."""
+        if thread.is_alive():
+            server.stop()
+            thread.join()
+        self.assert_nothing_private_logged()
+
+    def assert_nothing_private_logged(self):
+        private = [BOT_TOKEN, SLASH_TOKEN, "typed", "hookhookhook", *self.mattermost.hooks]
+        private += [dialog.get("state", "-") for _, _, dialog in self.mattermost.dialogs]
+        for line in self.log.lines:
+            for text in private:
+                self.assertNotIn(text, line)
+            self.assertNotRegex(line, "[\x00-\x08\x0b-\x1f]")
+
+    def post(self, path, body):
+        """Return status, JSON and headers of the answer to a POST that is not Mattermost's."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.mattermost.service[1], timeout=30)
+        with contextlib.closing(connection):
+            connection.request("POST", path, body)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read()), answer.headers
+
+    def file(self, answers=None, **details):
+        """Type /ticket, and submit the dialog; return what Mattermost's client is told."""
+        self.assertEqual(self.mattermost.run_command(), "")
+        return self.mattermost.submit_dialog(answers or answers_to(), **details)
+
+    def forget_connections(self):
+        """Let the next call use a fresh connection: on a kept one, it would be tried again."""
+        self.service.desk.mattermost.connections.close()
+
+    def assert_logged(self, pattern):
+        self.eventually(lambda: any(re.search(pattern, line) for line in self.log.lines),
+                        f"a log line with {pattern!r}")
+
+    def eventually(self, condition, what="it"):
+        """Wait until something that happens after the answer has happened."""
+        ends = time.monotonic() + 5
+        while not condition():
+            self.assertLess(time.monotonic(), ends, f"{what} did not happen")
+            time.sleep(0.005)
+
+
+# ------------------------------------------------------------------------- the story of a ticket
+
+class TicketTest(Case):
+    def test_a_ticket_from_the_command_to_the_confirmation(self):
+        self.assertEqual(self.mattermost.run_command("disk is full"), "")
+        user, url, dialog = self.mattermost.dialogs[0]
+        self.assertEqual((user, url), (ALICE, CALLBACK_URL + "/ticket/submit"))
+        problem = next(e for e in dialog["elements"] if e["type"] == "textarea")
+        self.assertEqual(problem["default"], "disk is full")
+        self.assertEqual(self.mattermost.posts, {})
+
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        [root] = self.mattermost.roots()
+        ticket_id = root["props"]["ticket_id"]
+        self.assertRegex(ticket_id, TICKET_ID)
+        self.assertEqual(ticket_id[7:15], time.strftime("%Y%m%d", time.gmtime()))
+        self.assertEqual(root["channel_id"], HELPDESK)
+        self.assertEqual(root["hashtags"], f"#{ticket_id}")
+        self.assertIs(root["props"]["is_ticket"], True)
+        ticket = root["props"]["ticket"]
+        self.assertEqual((ticket["user_id"], ticket["user_name"]), (ALICE, "alice"))
+        self.assertEqual(ticket["answers"], answers_to())
+        self.assertAlmostEqual(ticket["created_at"], time.time() * 1000, delta=60_000)
+        self.assertEqual(ticket["nonce"], root["pending_post_id"])
+
+        self.eventually(self.mattermost.replies, "the reply")
+        [reply] = self.mattermost.replies()
+        self.assertEqual((reply["root_id"], reply["message"]), (root["id"], ticket_service.REPLY))
+        [(user, channel, text)] = self.mattermost.ephemeral
+        self.assertEqual((user, channel), (ALICE, HELPDESK))
+        self.assertIn(f"[{ticket_id}]({self.mattermost.url}/_redirect/pl/{root['id']})", text)
+        self.assert_logged(f"ticket={ticket_id} user=alice channel={HELPDESK} post={root['id']}")
+
+    def test_the_ticket_is_posted_exactly_like_this(self):
+        self.assertEqual(self.file({
+            "cluster": "prod", "resource": "vm-042", "problem": "disk is full\nsince nine",
+            "network": "10.0.0.4:443"}), {})
+        [root] = self.mattermost.roots()
+        self.assertEqual(root["message"], f"""\
+#### #{root['props']['ticket_id']} · @alice
+**Cluster:** `Production`
+**VM / resource:** `vm-042`
+**Problem description:**
+> disk is full
+> since nine
+
+**Network information:**
+> 10.0.0.4:443""")
+
+    def test_200_tickets_from_20_threads_have_200_ids(self):
+        for _ in range(200):
+            self.assertEqual(self.mattermost.run_command(), "")
+
+        def submit_ten(thread):
+            for number in range(10 * thread, 10 * thread + 10):
+                self.assertEqual(self.mattermost.submit_dialog(answers_to(), number), {})
+
+        in_threads(20, submit_ten)
+        ids = [root["props"]["ticket_id"] for root in self.mattermost.roots()]
+        self.assertEqual((len(ids), len(set(ids))), (200, 200))
+        for ticket_id in ids:
+            self.assertRegex(ticket_id, TICKET_ID)
+
+    def test_20_simultaneous_submissions_make_one_ticket_one_reply_one_confirmation(self):
+        self.mattermost.run_command()
+        self.mattermost.script("POST /posts", slow(0.1))
+        in_threads(20, lambda _: self.assertEqual(self.mattermost.submit_dialog(answers_to()), {}))
+        self.eventually(self.mattermost.replies, "the reply")
+        self.assertEqual(len(self.mattermost.posts), 2)
+        self.assertEqual(len(self.mattermost.ephemeral), 1)
+        self.assertEqual(len(self.mattermost.made("POST /posts")), 2)
+
+    def test_the_same_submission_a_minute_later_makes_no_second_ticket(self):
+        self.file()
+        self.eventually(self.mattermost.replies, "the reply")
+        self.mattermost.pending.clear()  # Mattermost remembers for 30 seconds
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.assertEqual(len(self.mattermost.posts), 2)
+        self.assertEqual(len(self.mattermost.ephemeral), 1)
+
+    def test_two_dialogs_of_one_person_make_two_tickets(self):
+        self.file()
+        self.file()
+        first, second = (root["props"]["ticket_id"] for root in self.mattermost.roots())
+        self.assertLess(first, second)
+
+    def test_a_dialog_that_is_cancelled_makes_no_ticket(self):
+        self.mattermost.run_command()
+        self.assertEqual(self.mattermost.submit_dialog({}, cancelled=True), {})
+        self.assertEqual(self.mattermost.posts, {})
+
+    def test_the_channel_is_the_one_where_the_command_was_typed(self):
+        self.assertEqual(self.file(channel_id=QUIET, team_id="other"), {})
+        self.assertEqual([root["channel_id"] for root in self.mattermost.roots()], [HELPDESK])
+
+    def test_one_channel_can_get_all_tickets(self):
+        self.start_service(TICKET_CHANNEL=QUIET)
+        self.assertEqual(self.mattermost.run_command(channel_id=DIRECT), "")
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.eventually(self.mattermost.replies, "the reply")
+        self.assertEqual({post["channel_id"] for post in self.mattermost.posts.values()}, {QUIET})
+        self.assertEqual(self.mattermost.ephemeral[0][:2], (ALICE, DIRECT))
+
+    def test_mattermost_can_be_at_a_sub_path(self):
+        self.mattermost.sub_path = "/chat"
+        self.start_service(MATTERMOST_URL=self.mattermost.url + "/chat/")
+        self.assertEqual(self.file(), {})
+        self.eventually(self.mattermost.replies, "the reply")
+        self.assertEqual(len(self.mattermost.ephemeral), 1)
+
+    def test_every_version_of_mattermost_is_understood(self):
+        self.start_service(SLASH_TOKEN=", ".join(token for token, *_ in RECORDED.values()))
+        for version, (_, command, submission) in RECORDED.items():
+            with self.subTest(version):
+                fields = dict(urllib.parse.parse_qsl(command))
+                channel_id, user = fields["channel_id"], fields["user_id"]
+                hook = fields["response_url"].rpartition("/")[2]
+                self.mattermost.channels[channel_id] = Channel("recorded", members=(user, BOT))
+                self.mattermost.triggers[fields["trigger_id"]] = user
+                self.mattermost.hooks[hook] = [5, user, channel_id]
+                answer = self.post("/ticket", command)
+                self.assertEqual(answer[:2], (200, {}))
+                _, _, dialog = self.mattermost.dialogs[-1]
+                problem = next(e for e in dialog["elements"] if e["type"] == "textarea")
+                self.assertEqual(problem["default"],
+                                 'disk is full on @bob see ~quiet & 100% "ok"\nsecond line')
+                submission = submission.replace("STATE", dialog["state"])
+                self.assertEqual(self.post("/ticket/submit", submission)[:2], (200, {}))
+                self.eventually(lambda: self.mattermost.hooks[hook][0] == 4, "the confirmation")
+                root = self.mattermost.roots()[-1]
+                self.assertEqual(root["channel_id"], channel_id)
+                self.assertEqual(root["props"]["ticket"]["answers"], {
+                    "cluster": "prod", "resource": "vm-042",
+                    "problem": "disk is full\nsince nine @all"})
+
+
+# --------------------------------------------------------------------- what can be in the way
+
+INVITE = "I can't post in this channel yet. Invite me there with `/invite @ticket-bot`"
+NO_ANSWER = "Mattermost does not answer."
+TYPED = "typed: disk is full\non `vm-042`"
+ODD_ANSWERS = {
+    "an error": fails(500, "app.post.save.app_error"),
+    "too many requests": fails(429, Retry_After="60"),
+    "a proxy without a server": http_answer(502, b"<h1>Bad Gateway"),
+    "a redirect": http_answer(302, b"", b"Location: http://127.0.0.1:9/\r\n"),
+    "a page": http_answer(200, b"<html>"),
+    "a list": http_answer(200, b"[]"),
+    "nesting": http_answer(200, b"[" * 90000),
+    "no body": http_answer(200, b""),
+    "no HTTP": says(b"SSH-2.0-OpenSSH_9.6\r\n"),
+    "half an answer": says(b"HTTP/1.1 201 X\r\nContent-Length: 99\r\n\r\n{"),
+    "too much": http_answer(201, b" " * (2**20 + 1)),
+    "no answer": hangs_up,
+    "silence": slow(0.5),
+}
+
+
+class CommandTest(Case):
+    """What goes wrong between the command and the dialog."""
+
+    def assert_given_back(self, text, sentence):
+        self.assertTrue(text.startswith(sentence), text)
+        self.assertIn(f"\n```\n{TYPED}\n```", text)
+
+    def test_a_wrong_token_is_refused_and_nothing_is_called(self):
+        form = self.mattermost.command_form(ALICE, HELPDESK, "")
+        for token in ("", "wrong", SLASH_TOKEN[:-1], SLASH_TOKEN + "x", SLASH_TOKEN.upper(),
+                      "пароль", b"\xed\xa0\x80"):
+            with self.subTest(token):
+                status, answer, headers = self.post(
+                    "/ticket", urllib.parse.urlencode({**form, "token": token}))
+                self.assertEqual((status, list(answer)), (401, ["error"]))
+                self.assertEqual(headers.get_content_type(), "application/json")
+        del form["token"]
+        self.assertEqual(self.post("/ticket", urllib.parse.urlencode(form))[0], 401)
+        self.assertEqual(self.mattermost.dialogs, [])
+        self.assert_logged("WARNING .* 401 SLASH_TOKEN")
+
+    def test_a_command_without_its_fields_is_refused(self):
+        form = self.mattermost.command_form(ALICE, HELPDESK, "")
+        for field, value in (("user_id", "../x"), ("channel_id", ""), ("user_name", "a b\n"),
+                             ("trigger_id", "")):
+            with self.subTest(field):
+                body = urllib.parse.urlencode({**form, field: value})
+                self.assertEqual(self.post("/ticket", body)[0], 400)
+
+    def test_the_bot_joins_a_public_channel_by_itself(self):
+        self.assertEqual(self.mattermost.run_command(channel_id=QUIET), "")
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.assertIn(BOT, self.mattermost.channels[QUIET].members)
+        self.assertEqual([root["channel_id"] for root in self.mattermost.roots()], [QUIET])
+
+    def test_a_good_channel_is_looked_at_once(self):
+        self.mattermost.run_command()
+        self.mattermost.calls.clear()
+        self.mattermost.run_command()
+        self.assertEqual(self.mattermost.calls, ["POST /actions/dialogs/open"])
+
+    def test_where_the_bot_can_t_post_it_says_so_before_the_form(self):
+        for channel_id, sentence in (
+                (SECRET, INVITE), (OTHERS, INVITE),
+                (DIRECT, "I can't post in direct and group messages. Please type `/ticket` in"),
+                (ARCHIVED, "I can't post in this channel: it is archived.")):
+            with self.subTest(self.mattermost.channels[channel_id].name):
+                self.assert_given_back(
+                    self.mattermost.run_command(TYPED, channel_id=channel_id), sentence)
+        self.mattermost.channels[DIRECT].members = {ALICE, BOT}  # nobody else would see a ticket
+        self.assert_given_back(self.mattermost.run_command(TYPED, channel_id=DIRECT),
+                               "I can't post in direct and group messages.")
+        self.assertEqual(self.mattermost.dialogs, [])
+
+    def test_after_the_invitation_it_works(self):
+        self.mattermost.run_command(channel_id=SECRET)
+        self.mattermost.channels[SECRET].members.add(BOT)
+        self.assertEqual(self.mattermost.run_command(channel_id=SECRET), "")
+
+    def test_a_bot_that_may_post_everywhere_needs_no_invitation(self):
+        self.mattermost.roles = "system_user system_post_all"
+        self.assertEqual(self.mattermost.run_command(channel_id=SECRET), "")
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.assertEqual(self.mattermost.run_command(channel_id=QUIET), "")
+
+    def test_a_bot_that_may_post_in_public_channels_needs_no_membership_there(self):
+        self.mattermost.roles = "system_user system_post_all_public"
+        self.mattermost.script("POST /channels/", fails(*NO_PERMISSION), fails(*NO_PERMISSION))
+        self.assertEqual(self.mattermost.run_command(channel_id=QUIET), "")
+        self.assertIn("/invite", self.mattermost.run_command(channel_id=SECRET))
+
+    def test_a_ticket_channel_that_does_not_exist_is_told(self):
+        self.start_service(TICKET_CHANNEL="x" * 26)
+        self.assert_given_back(self.mattermost.run_command(TYPED),
+                               "I can't post in the ticket channel: it does not exist.")
+
+    def test_a_bad_bot_token_is_told_although_a_dialog_could_be_opened(self):
+        self.start_service(BOT_TOKEN="wrong")
+        self.assert_given_back(self.mattermost.run_command(TYPED),
+                               "Mattermost does not accept my bot token")
+        self.assertEqual(self.mattermost.dialogs, [])
+
+    def test_a_channel_that_can_t_be_looked_at_does_not_stop_the_form(self):
+        for what, behave in ODD_ANSWERS.items():
+            with self.subTest(what):
+                service = self.start_service()
+                service.desk.mattermost.timeout = 0.3
+                self.mattermost.script("GET /channels/", behave)
+                self.assertEqual(self.mattermost.run_command(), "")
+
+    def test_a_dialog_that_can_t_be_opened_gives_the_text_back(self):
+        self.service.desk.mattermost.timeout = 0.3
+        for what, behave in ODD_ANSWERS.items():
+            with self.subTest(what):
+                self.mattermost.script("POST /actions/", behave)
+                self.assert_given_back(self.mattermost.run_command(TYPED),
+                                       "Mattermost did not open the form.")
+        self.mattermost.script("POST /actions/", fails(400, TRIGGER_EXPIRED))
+        self.assert_given_back(self.mattermost.run_command(TYPED), "The form came too late")
+
+    def test_a_mattermost_that_is_down_gives_the_text_back(self):
+        self.start_service(MATTERMOST_URL="http://127.0.0.1:9")
+        self.assert_given_back(self.mattermost.run_command(TYPED),
+                               "Mattermost did not open the form.")
+        self.assert_logged("WARNING .*no answer from Mattermost: ConnectionRefusedError")
+
+    def test_a_redirect_is_not_followed_and_named_in_the_log(self):
+        elsewhere = self.start_stand_in()
+        location = f"Location: {elsewhere.url}/\r\n".encode()
+        self.mattermost.script("POST /actions/", http_answer(307, b"", location))
+        self.mattermost.run_command()
+        self.assertEqual(elsewhere.calls, [])
+        self.assert_logged("307.*MATTERMOST_URL")
+
+    def test_text_that_does_not_fit_into_the_form_is_given_back(self):
+        for text in ("é" * 1600, "x" * 16000):
+            with self.subTest(text[0]):
+                shown = self.mattermost.run_command(text)
+                self.assertIn(f"```\n{text}\n```", shown)
+                _, _, dialog = self.mattermost.dialogs[-1]
+                default = next(e["default"] for e in dialog["elements"] if e["type"] == "textarea")
+                self.assertLessEqual(len(default.encode()), 3000)
+                self.assertGreater(len(default.encode()), 2990)
+                self.assertTrue(text.startswith(default))
+
+    def test_text_that_is_given_back_stays_in_its_code_block(self):
+        self.mattermost.script("POST /actions/", fails(500))
+        text = "````\n<!channel> @all ```` ``"
+        self.assertIn(f"\n`````\n{text}\n`````", self.mattermost.run_command(text))
+
+
+class SubmissionTest(Case):
+    """What goes wrong between the dialog and the ticket."""
+
+    def assert_refused(self, answer, sentence):
+        self.assertEqual(list(answer), ["error"])
+        self.assertRegex(answer["error"], f"^{re.escape(sentence)}")
+
+    def test_whatever_mattermost_answers_the_dialog_stays_open_and_a_second_press_works(self):
+        self.service.desk.mattermost.timeout, self.service.desk.patience = 0.3, 0
+        for what, behave in ODD_ANSWERS.items():
+            with self.subTest(what):
+                before = len(self.mattermost.roots())
+                self.mattermost.run_command()
+                self.forget_connections()
+                self.mattermost.script("POST /posts", behave)
+                self.assert_refused(self.mattermost.submit_dialog(answers_to()), "Mattermost d")
+                time.sleep(0.3 if what == "silence" else 0)
+                self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+                self.assertEqual(len(self.mattermost.roots()), before + 1)
+                self.eventually(lambda: len(self.mattermost.replies()) > before, "the reply")
+
+    def test_a_mattermost_that_comes_back_in_time_gets_the_ticket_at_the_first_press(self):
+        pending = "api.post.deduplicate_create_post.pending"
+        for what, behave in {"unavailable": fails(503), "no answer": hangs_up,
+                             "busy": fails(429, Retry_After="1"), "at it": fails(500, pending),
+                             "the answer is lost": loses_the_answer,
+                             "the answer is cut": cuts_the_answer}.items():
+            with self.subTest(what):
+                before = len(self.mattermost.roots())
+                self.mattermost.script("POST /posts", behave)
+                self.assertEqual(self.file(), {})
+                self.assertEqual(len(self.mattermost.roots()), before + 1)
+                self.eventually(lambda: len(self.mattermost.replies()) > before, "the reply")
+
+    def test_a_mattermost_that_is_down_is_told(self):
+        self.service.desk.patience = 0
+        self.mattermost.run_command()
+        self.forget_connections()
+        self.mattermost.server_close()
+        self.assert_refused(self.mattermost.submit_dialog(answers_to()), NO_ANSWER)
+
+    def test_a_ticket_whose_answer_was_lost_is_found_later(self):
+        self.service.desk.patience = self.service.desk.known_there = 0
+        self.mattermost.run_command()
+        self.forget_connections()
+        self.mattermost.script("POST /posts", loses_the_answer)
+        self.assert_refused(self.mattermost.submit_dialog(answers_to()), NO_ANSWER)
+        self.mattermost.pending.clear()
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.eventually(self.mattermost.replies, "the reply")
+        [root] = self.mattermost.roots()
+        self.assertIn(root["props"]["ticket_id"], self.mattermost.ephemeral[0][2])
+
+    def test_an_early_second_attempt_keeps_its_id_and_does_not_search(self):
+        self.service.desk.patience = 0
+        self.mattermost.run_command()
+        self.forget_connections()
+        self.mattermost.script("POST /posts", hangs_up)
+        self.mattermost.submit_dialog(answers_to())
+        self.mattermost.submit_dialog(answers_to())
+        ids = {body["props"]["ticket_id"] for body in self.mattermost.made("POST /posts")
+               if not body["root_id"]}
+        self.assertEqual(len(ids), 1)
+        self.assertEqual(self.mattermost.made(f"GET /channels/{HELPDESK}/posts"), [])
+
+    def test_what_was_changed_after_a_lost_answer_is_not_lost(self):
+        self.service.desk.patience = 0
+        self.mattermost.run_command()
+        self.forget_connections()
+        self.mattermost.script("POST /posts", loses_the_answer)
+        self.mattermost.submit_dialog(answers_to(mark="typed at first,"))
+        for _ in range(2):
+            self.assertEqual(self.mattermost.submit_dialog(answers_to(mark="typed then,")), {})
+        [root] = self.mattermost.roots()
+        self.assertIn("typed at first, resource", root["message"])
+        self.eventually(lambda: len(self.mattermost.replies()) == 2, "the reply")
+        changed = self.mattermost.replies()[0]
+        self.assertTrue(changed["message"].startswith("@alice submitted the form again"))
+        self.assertIn("typed then, resource", changed["message"])
+
+    def test_a_ticket_is_made_after_a_restart_and_its_confirmation_falls_back(self):
+        self.mattermost.run_command()
+        self.start_service()
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.eventually(self.mattermost.replies, "the reply")
+        self.assertEqual(len(self.mattermost.roots()), 1)
+        self.assertEqual(self.mattermost.ephemeral, [])
+        self.assert_logged("WARNING ticket=.* user=alice.*403")
+
+    def test_a_privileged_bot_can_confirm_after_a_restart(self):
+        self.mattermost.roles = "system_user system_admin"
+        self.mattermost.run_command()
+        self.start_service()
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.eventually(lambda: self.mattermost.ephemeral, "the confirmation")
+        self.assertEqual(self.mattermost.ephemeral[0][:2], (ALICE, HELPDESK))
+
+    def test_a_submission_that_is_repeated_after_a_restart_makes_no_second_ticket(self):
+        self.file()
+        self.eventually(self.mattermost.replies, "the reply")
+        self.mattermost.pending.clear()
+        self.start_service()
+        in_threads(5, lambda _: self.assertEqual(self.mattermost.submit_dialog(answers_to()), {}))
+        self.assertEqual(len(self.mattermost.posts), 2)
+
+    def test_somebody_else_s_post_is_not_taken_for_the_ticket(self):
+        self.service.desk.patience = self.service.desk.known_there = 0
+        self.mattermost.run_command()
+        self.forget_connections()
+        self.mattermost.script("POST /posts", loses_the_answer)
+        self.mattermost.submit_dialog(answers_to())
+        self.mattermost.pending.clear()
+        self.mattermost.roots()[0]["user_id"] = ALICE
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.assertEqual([root["user_id"] for root in self.mattermost.roots()], [ALICE, BOT])
+
+    def test_nobody_who_reads_the_state_knows_the_pending_post_id(self):
+        self.file()
+        _, _, dialog = self.mattermost.dialogs[0]
+        state = base64.urlsafe_b64decode(dialog["state"].partition(".")[0] + "==").decode()
+        nonce = self.mattermost.roots()[0]["pending_post_id"]
+        self.assertNotIn(nonce, state + dialog["state"])
+        self.assertGreaterEqual(len(nonce), 22)
+
+    def test_a_bot_that_was_removed_meanwhile_joins_again_or_asks_for_an_invitation(self):
+        self.mattermost.channels[SECRET].members.add(BOT)
+        for channel_id in (QUIET, SECRET):
+            self.mattermost.run_command(channel_id=channel_id)
+            self.mattermost.channels[channel_id].members.discard(BOT)
+        self.assertEqual(self.mattermost.submit_dialog(answers_to(), 0), {})
+        self.assert_refused(self.mattermost.submit_dialog(answers_to(), 1), INVITE)
+        self.mattermost.channels[SECRET].members.add(BOT)
+        self.assertEqual(self.mattermost.submit_dialog(answers_to(), 1), {})
+        self.assertEqual([root["channel_id"] for root in self.mattermost.roots()], [QUIET, SECRET])
+
+    def test_a_channel_that_was_archived_meanwhile_is_told(self):
+        self.mattermost.run_command()
+        self.mattermost.channels[HELPDESK].delete_at = 1
+        self.assert_refused(self.mattermost.submit_dialog(answers_to()),
+                            "I can't post in this channel: it is archived.")
+        self.assertIn("archived", self.mattermost.run_command())
+
+    def test_what_mattermost_refuses_is_told(self):
+        self.mattermost.run_command()
+        for behave, sentence in (
+                (fails(400, "model.post.is_valid.msg.app_error"), "The ticket is too long for"),
+                (fails(413), "The ticket is too long for"),
+                (fails(400, "Post rejected by plugin. typed"), "Mattermost did not accept the"),
+                (fails(401), "Mattermost does not accept my bot token.")):
+            with self.subTest(sentence):
+                self.mattermost.script("POST /posts", behave)
+                self.assert_refused(self.mattermost.submit_dialog(answers_to()), sentence)
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+
+    def test_a_failed_reply_or_confirmation_does_not_undo_the_ticket(self):
+        self.service.desk.patience = 0
+        self.mattermost.run_command()
+        self.mattermost.script("POST /posts", closes, fails(500))
+        self.mattermost.script("POST /hooks/", fails(400, "web.command_webhook.general.app_error"))
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.assert_logged("WARNING ticket=.* response hook: Mattermost answered 400")
+        self.assert_logged("WARNING ticket=.* was not confirmed")
+        self.assert_logged("WARNING ticket=.* reply")
+        self.assertEqual(len(self.mattermost.posts), 1)
+
+    def test_a_person_is_answered_in_time_and_the_ticket_is_made_all_the_same(self):
+        self.service.answer_within = 0.2
+        self.mattermost.run_command()
+        self.mattermost.script("POST /posts", slow(0.8))
+        began = time.monotonic()
+        self.assert_refused(self.mattermost.submit_dialog(answers_to()), "Mattermost takes very")
+        self.assertLess(time.monotonic() - began, 0.8)
+        self.service.answer_within = 10
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.eventually(self.mattermost.replies, "the reply")
+        self.assertEqual((len(self.mattermost.roots()), len(self.mattermost.ephemeral)), (1, 1))
+
+    def test_our_own_bug_is_a_calm_sentence_and_a_traceback_in_the_log(self):
+        self.mattermost.run_command()
+        ids, self.service.desk.ids = self.service.desk.ids, None
+        self.assert_refused(self.mattermost.submit_dialog(answers_to()), "Something went wrong")
+        self.assert_logged("(?s)ERROR .*Traceback.*AttributeError")
+        self.service.desk.ids = ids
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+
+    def test_a_state_that_is_not_ours_is_refused(self):
+        self.mattermost.run_command()
+        state = self.mattermost.dialogs[0][2]["state"]
+        payload, _, signature = state.partition(".")
+        fields = json.loads(base64.urlsafe_b64decode(payload))
+        own = ticket_service.Seal(BOT_TOKEN)
+
+        def changed(position, value):
+            return own.close("state", *fields[:position], value, *fields[position + 1:])
+
+        forged = base64.urlsafe_b64encode(json.dumps([BOB, *fields[1:]]).encode()).decode()
+        for what, changes in {
+                "none": {"state": ""}, "null": {"state": None}, "a number": {"state": 7},
+                "an object": {"state": {"a": [1]}}, "not ASCII": {"state": "\ud800é"},
+                "cut": {"state": state[:-1]}, "longer": {"state": state + "A"},
+                "without signature": {"state": payload},
+                "forged": {"state": f"{forged}.{signature}"},
+                "another key": {"state": ticket_service.Seal("other").close("state", *fields)},
+                "another purpose": {"state": own.close("action", *fields)},
+                "a day old": {"state": changed(3, fields[3] - 24 * 60 * 60 - 1)},
+                "another user's": {"user": BOB}, "nobody's": {"user_id": None},
+                "a look-up": {"type": "dialog_lookup"}, "a refresh": {"type": "refresh"}}.items():
+            with self.subTest(what):
+                answer = self.mattermost.submit_dialog(answers_to(), **changes)
+                self.assertEqual(answer, {"error": "This form is no longer valid. Copy your text, "
+                                                   "type /ticket and paste it."})
+        self.assertEqual(self.mattermost.posts, {})
+        nearly_a_day = changed(3, fields[3] - 24 * 60 * 60 + 60)
+        self.assertEqual(self.mattermost.submit_dialog(answers_to(), state=nearly_a_day), {})
+
+    def test_a_body_that_is_no_submission_is_answered_without_a_ticket(self):
+        for body in ("{}", '{"type": "dialog_submission"}', '{"submission": [1], "state": true}'):
+            self.assertEqual(self.post("/ticket/submit", body)[:2],
+                             (200, {"error": ticket_service.FORM_INVALID}))
+
+
+# ----------------------------------------------------------------------------- the HTTP edge
+
+FORM = urllib.parse.urlencode({
+    "token": SLASH_TOKEN, "user_id": ALICE, "user_name": "alice", "channel_id": HELPDESK,
+    "trigger_id": "x", "text": "typed"}).encode()
+HOST = b"Host: tickets\r\n"
+HEALTH = b"GET /health HTTP/1.1\r\nHost: smuggled\r\n\r\n"
+
+
+def get(line=b"GET /health HTTP/1.1", headers=HOST):
+    return line + b"\r\n" + headers + b"\r\n"
+
+
+def length(body):
+    return b"Content-Length: %d\r\n" % len(body)
+
+
+def post(body=FORM, headers=None, path=b"/ticket"):
+    headers = length(body) if headers is None else headers
+    return b"POST " + path + b" HTTP/1.1\r\n" + HOST + headers + b"\r\n" + body
+
+
+def submission(body):
+    return post(body, path=b"/ticket/submit")
+
+
+GOOD_REQUESTS = {
+    "curl": get(headers=HOST + b"User-Agent: curl/8.5.0\r\nAccept: */*\r\n"),
+    "a query": get(b"GET /health?probe=1 HTTP/1.1"),
+    "HTTP/1.0": get(b"GET /health HTTP/1.0", b""),
+    "an empty line first": b"\r\n" + get(),
+    "odd case": get(headers=b"hOsT:x\r\n"),
+    "bytes above ASCII in a value": get(headers=HOST + b"X: caf\xe9\r\n"),
+    "a body with GET": get(headers=HOST + length(HEALTH)) + HEALTH,
+    "a command": post(),
+    "a request behind another": post() + HEALTH,
+    "many people mentioned": post(FORM + b"&user_mentions=bob" * 900),
+    "a long text in another alphabet": post(FORM + b"&text=" + b"%D0%B6" * 16_000),
+    "a pasted JSON text": submission(b'{"a": "' + b'{\\"a\\": [1, {}]}, ' * 500 + b'"}'),
+    "escaped characters": submission(b'{"a": "' + b"\\u003c" * 16_000 + b'"}'),
+}
+BAD_REQUESTS = [
+    # the request line
+    (400, "HTTP/0.9", b"GET /health\r\n\r\n"),
+    (400, "one word", b"GET\r\n\r\n"),
+    (400, "bare LF", b"GET /health HTTP/1.1\nHost: x\n\n"),
+    (400, "TLS", b"\x16\x03\x01\x02\x00\x01\r\n\r\n"),
+    (400, "a proxy's line", b"PROXY TCP4 10.0.0.1 10.0.0.2 1 2\r\n" + get()),
+    *[(400, line, get(line)) for line in (
+        b"GET /health HTTP/1.1 x", b"GET  /health HTTP/1.1", b" GET /health HTTP/1.1",
+        b"GET\t/health HTTP/1.1", b"GET\r/health HTTP/1.1", b"GET\xa0/health\x85HTTP/1.1",
+        b"GET /\0 HTTP/1.1", b"GET /\xff HTTP/1.1", b"GET /\x1b[31m HTTP/1.1",
+        b"OPTIONS * HTTP/1.1", b"GET http://x/health HTTP/1.1", b"GET /health HTTP/2.0",
+        b"GET /health HTTP/1.9", b"GET /health http/1.1", b"GET /health HTTP/01.1")],
+    (431, "20 KB", get(b"GET /" + b"a" * 20_000 + b" HTTP/1.1")),
+    (414, "70 KB", get(b"GET /" + b"a" * 70_000 + b" HTTP/1.1")),
+    # headers
+    (400, "no Host", get(headers=b"")),
+    (400, "two Hosts", get(headers=HOST * 2)),
+    (400, "a space before the colon", post(headers=b"Content-Length : 4\r\n")),
+    *[(400, header, get(headers=header + b"\r\n" + HOST)) for header in (
+        b"X", b": x", b" x: y", b"X: \0", b"X: a\rContent-Length: 5", b"X Y: 1", b"X\xdf: 1")],
+    (400, "an odd Host", get(headers=b"Host: a b\r\n")),
+    (431, "20 KB", get(headers=HOST + b"X: " + b"a" * 20_000 + b"\r\n")),
+    (431, "1,000 headers", get(headers=HOST + b"X: aaaaaaaaaaaaaaaaaaaa\r\n" * 1000)),
+    (417, "another expectation", post(headers=length(FORM) + b"Expect: x\r\n")),
+    # how long the body is
+    (411, "no length", post(headers=b"")),
+    (400, "twice the same", post(headers=length(FORM) * 2)),
+    (400, "twice, not the same", post(HEALTH, b"Content-Length: 0\r\n" + length(HEALTH))),
+    *[(400, value, post(headers=b"Content-Length: %s\r\n" % value)) for value in (
+        b"", b"-1", b"+4", b"4_6", b"0x2e", b"4.0", b"1e3", b"4, 4", b"4 4", b"\xb2")],
+    (413, "a little too long", post(b"", b"Content-Length: 262145\r\n")),
+    (413, "much too long", post(b"", b"Content-Length: " + b"9" * 5000 + b"\r\n")),
+    *[(501, value, post(b"0\r\n\r\n" + HEALTH, more + b"Transfer-Encoding: %s\r\n" % value))
+      for more in (b"", length(FORM))
+      for value in (b"chunked", b"CHUNKED", b"identity", b"gzip, chunked", b"x", b"")],
+    # paths and methods
+    *[(404, path, get(b"GET " + path + b" HTTP/1.1")) for path in (
+        b"/", b"/health/", b"//health", b"/./health", b"/%68ealth", b"/HEALTH", b"/health;x",
+        b"/ticket%2fsubmit", b'/"-"200', b"/health%00", b"/health#x")],
+    (404, "a request as body", post(HEALTH, path=b"/nope")),
+    (405, "POST /health", post(path=b"/health")),
+    *[(405, method, get(method + b" /ticket HTTP/1.1")) for method in (
+        b"GET", b"OPTIONS", b"PUT", b"DELETE", b"PATCH", b"TRACE", b"CONNECT")],
+    *[(501, method, get(method + b" /health HTTP/1.1")) for method in (
+        b"get", b"BREW", b"__init__")],
+    # forms and JSON
+    (401, "an empty form", post(b"")),
+    (401, "semicolons", post(FORM.replace(b"&", b";"))),
+    (400, "not UTF-8", post(b"\xff\xfe")),
+    (400, "1,001 fields", post(FORM + b"&a=1" * 1000)),
+    (400, "only the token", post(b"token=" + SLASH_TOKEN.encode())),
+    *[(400, body[:20], submission(body)) for body in (
+        b"", b"typed", b"[]", b"null", b'{"a":', b'"a"', b"[" * 50_000, b'{"a":' * 12_000,
+        b'{"a": "\\"' * 50, b"9" * 5000, b'{"a": "caf\xe9"}', b'{"a": 1}x',
+        b'{"a": "' + b'\\"' * 100_000)],
+]
+
+
+class EdgeTest(Case):
+    def connect(self):
+        connection = socket.create_connection(("127.0.0.1", self.service.server_port), 10)
+        self.addCleanup(connection.close)
+        return connection
+
+    def exchange(self, raw):
+        """Return all that comes back until the connection is closed."""
+        connection = self.connect()
+        with contextlib.suppress(ConnectionError):  # refused while we still send
+            connection.sendall(raw)
+        return self.read_all(connection)
+
+    def read_all(self, connection):
+        with connection, connection.makefile("rb") as file:
+            return file.read()
+
+    def assert_answer(self, answer, status):
+        """Expect one answer, in JSON, with nothing to tell who gives it; return its JSON."""
+        head, _, body = answer.partition(b"\r\n\r\n")
+        self.assertRegex(head, b"^HTTP/1\\.1 %d [A-Z]" % status)
+        self.assertEqual(answer.count(b"HTTP/1.1 "), 1)
+        self.assertIn(b"\r\nContent-Type: application/json\r\n", head)
+        self.assertIn(b"\r\nContent-Length: %d\r\n" % len(body), head)
+        self.assertIn(b"\r\nConnection: close", head)
+        self.assertNotRegex(answer, b"(?i)python|<html|traceback|server:")
+        return json.loads(body)
+
+    def test_honest_requests_are_answered(self):
+        for what, raw in GOOD_REQUESTS.items():
+            with self.subTest(what):
+                self.assert_answer(self.exchange(raw), 200)
+
+    def test_bad_requests_get_one_refusal_and_one_log_line(self):
+        for status, what, raw in BAD_REQUESTS:
+            with self.subTest(what, status=status):
+                self.log.lines.clear()
+                self.assertEqual(list(self.assert_answer(self.exchange(raw), status)), ["error"])
+                self.assert_logged(f"^WARNING .* {status} ")
+                self.assertEqual(len(self.log.lines), 1)
+                self.assertLess(len(self.log.lines[0]), 400)
+        self.assertEqual(self.mattermost.posts, {})
+        self.assertEqual(self.exchange(get())[-16:], b'{"status": "ok"}')
+
+    def test_health_is_exactly_this_and_is_not_logged(self):
+        self.log.lines.clear()
+        answer = self.exchange(get())
+        self.assertEqual(self.assert_answer(answer, 200), {"status": "ok"})
+        self.assertTrue(answer.endswith(b'\r\n\r\n{"status": "ok"}'))
+        head = self.exchange(get(b"HEAD /health HTTP/1.1"))
+        self.assertTrue(head.endswith(b"Content-Length: 16\r\nConnection: close\r\n\r\n"), head)
+        self.assertEqual(self.log.lines, [])
+        self.assertEqual(self.mattermost.calls, [])
+
+    def test_a_wrong_method_is_told_the_right_one(self):
+        for path, allowed in ((b"/health", b"GET, HEAD"), (b"/ticket", b"POST")):
+            answer = self.exchange(get(b"PUT " + path + b" HTTP/1.1"))
+            self.assertIn(b"\r\nAllow: %s\r\n" % allowed, answer)
+
+    def test_a_request_that_is_cut_short_is_not_acted_on(self):
+        for raw in (b"", b"GET", get()[:-2], post()[:-1], submission(b"{}")[:-1]):
+            with self.subTest(raw):
+                connection = self.connect()
+                connection.sendall(raw)
+                connection.shutdown(socket.SHUT_WR)
+                self.assertEqual(self.read_all(connection), b"")
+        self.assertEqual(self.mattermost.calls, [])
+
+    def test_a_half_closed_connection_is_answered(self):
+        connection = self.connect()
+        connection.sendall(get())
+        connection.shutdown(socket.SHUT_WR)
+        self.assert_answer(self.read_all(connection), 200)
+
+    def test_a_request_may_come_byte_by_byte(self):
+        connection = self.connect()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in post():
+            connection.send(bytes([byte]))
+        self.assert_answer(self.read_all(connection), 200)
+
+    def test_continue_is_said_before_the_body_but_not_for_one_that_is_refused(self):
+        connection = self.connect()
+        connection.sendall(post(b"", headers=length(FORM) + b"Expect: 100-continue\r\n"))
+        self.assertEqual(connection.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
+        connection.sendall(FORM)
+        self.assert_answer(self.read_all(connection), 200)
+        for status, headers, path in ((413, b"Content-Length: 10000000\r\n", b"/ticket"),
+                                      (404, length(FORM), b"/nope")):
+            raw = post(b"", headers + b"Expect: 100-continue\r\n", path)
+            self.assert_answer(self.exchange(raw), status)
+
+    def test_a_refusal_reaches_a_client_that_is_still_sending(self):
+        big = post(b"a" * 5_000_000)
+        for _ in range(5):
+            self.assert_answer(self.exchange(big), 413)
+
+    def test_a_client_that_goes_on_sending_is_left(self):
+        self.service.linger = 0.2
+        connection = self.connect()
+        connection.sendall(b"NO HTTP\r\n")
+        began = time.monotonic()
+        with self.assertRaises(ConnectionError):
+            while time.monotonic() < began + 5:
+                connection.sendall(b"a" * 1000)
+                time.sleep(0.01)
+
+    def test_the_whole_request_has_a_deadline(self):
+        self.service.deadline = 0.3
+        for start, drip in ((b"", b""), (b"GET /", b"a"), (get()[:-2] + b"X: ", b"a"),
+                            (post(b"", headers=b"Content-Length: 999\r\n"), b"a")):
+            with self.subTest(start):
+                connection = self.connect()
+                connection.sendall(start)
+                began = time.monotonic()
+                with contextlib.suppress(ConnectionError):
+                    while not is_readable(connection):
+                        self.assertLess(time.monotonic() - began, 5)
+                        connection.sendall(drip)
+                        time.sleep(0.02)
+                    self.assertEqual(connection.recv(100), b"")
+
+    def test_a_client_that_resets_costs_no_log_line(self):
+        self.log.lines.clear()
+        for raw in (b"", b"POST /ticket HTTP/1.1\r\nHost", post()[:-1]):
+            connection = self.connect()
+            connection.sendall(raw)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+        self.assert_answer(self.exchange(get()), 200)
+        self.assertEqual(self.log.lines, [])
+
+    def test_silent_connections_take_no_threads_and_the_oldest_gives_way(self):
+        self.service.most_silent = 20
+        silent = [self.connect() for _ in range(30)]
+        self.eventually(lambda: sum(map(is_readable, silent)) == 10, "hanging up")
+        self.assertTrue(all(is_readable(connection) for connection in silent[:10]))
+        self.assert_answer(self.exchange(get()), 200)
+        self.assertLessEqual(self.service.threads, 2)
+        silent[-1].sendall(get())
+        self.assert_answer(self.read_all(silent[-1]), 200)
+
+    def test_when_all_threads_are_taken_the_oldest_unfinished_request_gives_way(self):
+        self.service.most_threads = 5
+        half = []
+        for number in range(5):
+            half.append(self.connect())
+            half[-1].sendall(b"POST /ticket HTTP/1.1\r\n")
+            self.eventually(lambda: self.service.threads == number + 1, "the thread")
+        for number in range(3):
+            self.assert_answer(self.exchange(post()), 200)
+        self.assertEqual([is_readable(connection) for connection in half[-2:]], [False, False])
+        self.assertTrue(is_readable(half[0]))
+        self.assertEqual(self.service.threads, 5)
+
+    def test_nobody_who_waits_for_mattermost_gives_way(self):
+        self.service.most_threads = 2
+        for _ in range(4):
+            self.mattermost.run_command()
+        self.mattermost.script("POST /posts", *[slow(0.2)] * 4)
+        in_threads(4, lambda number: self.assertEqual(
+            self.mattermost.submit_dialog(answers_to(), number), {}))
+
+    def test_a_health_check_is_answered_even_if_all_threads_wait_for_mattermost(self):
+        self.service.most_threads = 1
+        self.mattermost.script("POST /actions/", slow(0.5))
+        waiting = threading.Thread(target=self.mattermost.run_command)
+        waiting.start()
+        self.eventually(lambda: self.mattermost.made("POST /actions/dialogs/open"), "the call")
+        for raw in (get(), get(b"HEAD /health?x HTTP/1.1"), get(b"GET /health HTTP/1.0", b"")):
+            self.assertIn(b"HTTP/1.1 200 OK", self.exchange(raw))
+        self.assertTrue(waiting.is_alive())
+        waiting.join()
+
+    def test_no_health_check_can_block_the_server(self):
+        half = [self.connect() for _ in range(3)]
+        half[0].sendall(get()[:-2])
+        half[1].sendall(get(headers=HOST + b"content-Length: 5\r\n") + b"1234")
+        half[2].sendall(get(headers=HOST + b"Transfer-Encoding: chunked\r\n") + b"5\r\n")
+        self.assert_answer(self.exchange(get()), 200)
+        self.assert_answer(self.read_all(half[2]), 501)
+        half[0].sendall(b"\r\n")
+        half[1].sendall(b"5")
+        for connection in half[:2]:
+            self.assert_answer(self.read_all(connection), 200)
+
+    def test_300_connections_at_once_are_answered(self):
+        in_threads(300, lambda _: self.assert_answer(self.exchange(get()), 200))
+
+    def test_a_stop_answers_what_was_accepted_and_cuts_what_is_not_sent(self):
+        self.mattermost.run_command()
+        self.mattermost.script("POST /posts", slow(0.3))
+        self.service.stop_within = 10
+        half, silent, late = self.connect(), self.connect(), self.connect()
+        half.sendall(post()[:-5])
+        late.sendall(get()[:-2])
+        answers = []
+        submitting = threading.Thread(
+            target=lambda: answers.append(self.mattermost.submit_dialog(answers_to())))
+        submitting.start()
+        self.eventually(lambda: self.mattermost.made("POST /posts"), "the post")
+        stopping = threading.Thread(target=self.service.stop)
+        began = time.monotonic()
+        stopping.start()
+        time.sleep(0.1)
+        late.sendall(b"\r\n")
+        self.assert_answer(self.read_all(late), 200)
+        stopping.join()
+        submitting.join()
+        self.assertLess(time.monotonic() - began, 5)
+        self.assertEqual((self.read_all(half), self.read_all(silent)), (b"", b""))
+        self.assertEqual(answers, [{}])
+        self.assertEqual(len(self.mattermost.posts), 2)
+        with self.assertRaises(ConnectionRefusedError):
+            self.connect()
+
+    def test_under_load_a_stop_leaves_nobody_without_an_answer(self):
+        self.service.stop_within = 10
+        answered, stopping = [], threading.Event()
+
+        def call(_):
+            while not stopping.is_set():
+                with contextlib.suppress(ConnectionError):
+                    connection = self.connect()
+                if not stopping.is_set():  # later ones may have come too late to be accepted
+                    connection.sendall(get())
+                    answered.append(self.read_all(connection)[-16:])
+
+        stop = threading.Timer(0.3, lambda: (stopping.set(), self.service.stop()))
+        stop.start()
+        in_threads(8, call)
+        stop.join()
+        self.assertGreater(len(answered), 100)
+        self.assertEqual(set(answered), {b'{"status": "ok"}'})
+
+
+class KeptConnectionTest(Case):
+    """Calls to Mattermost share connections, over http and https."""
+
+    scheme = "http"
+
+    def setUp(self):
+        super().setUp()
+        self.desk = self.service.desk
+
+    def call(self):
+        return self.desk.mattermost.get_me()["username"]
+
+    def test_one_connection_serves_one_call_after_the_other(self):
+        for _ in range(5):
+            self.assertEqual(self.call(), "ticket-bot")
+        self.assertEqual(self.mattermost.connections, 1)
+
+    def test_an_answer_that_closes_is_the_last_on_its_connection(self):
+        self.mattermost.script("GET /users/me", closes)
+        self.call()
+        self.call()
+        self.assertEqual(self.mattermost.connections, 2)
+
+    def test_a_connection_that_mattermost_has_closed_is_not_used(self):
+        self.call()
+        self.mattermost.hang_up()
+        time.sleep(0.05)
+        self.assertEqual(self.call(), "ticket-bot")
+        self.assertEqual(len(self.mattermost.calls), 2)
+
+    def test_a_call_whose_kept_connection_dies_is_made_again_once(self):
+        for behave in (hangs_up, cuts_the_answer):
+            self.call()
+            self.mattermost.script("GET /users/me", behave)
+            self.assertEqual(self.call(), "ticket-bot")
+            self.mattermost.script("GET /users/me", behave, behave)
+            with self.assertRaises(ticket_service.MattermostError):
+                self.call()
+
+    def test_a_failure_on_a_fresh_connection_is_the_caller_s(self):
+        for behave in (hangs_up, cuts_the_answer):
+            self.forget_connections()
+            self.mattermost.script("GET /users/me", behave)
+            with self.assertRaises(ticket_service.MattermostError):
+                self.call()
+        self.assertEqual(len(self.mattermost.calls), 2)
+
+    def test_silence_is_not_waited_for_twice(self):
+        self.desk.mattermost.timeout = 0.2
+        self.call()
+        self.mattermost.script("GET /users/me", slow(0.5))
+        with self.assertRaises(ticket_service.MattermostError):
+            self.call()
+        self.assertEqual(len(self.mattermost.calls), 2)
+
+    def test_a_connection_that_was_idle_for_long_is_not_used(self):
+        self.call()
+        self.desk.mattermost.connections.longest = 0
+        self.call()
+        self.assertEqual(self.mattermost.connections, 2)
+
+    def test_only_some_connections_are_kept(self):
+        self.desk.mattermost.connections.most = 2
+        self.mattermost.script("GET /users/me", *[slow(0.1)] * 5)
+        in_threads(5, lambda _: self.call())
+        self.assertLessEqual(len(self.desk.mattermost.connections.idle), 2)
+
+    def test_a_restart_of_mattermost_goes_unnoticed(self):
+        port = self.mattermost.server_port
+        self.assertEqual(self.file(), {})
+        self.eventually(self.mattermost.replies, "the reply")
+        self.mattermost.shutdown()
+        self.mattermost.server_close()
+        self.mattermost.hang_up()
+        again = self.start_stand_in(port=port, tls=self.mattermost.tls)
+        again.service, self.mattermost = self.mattermost.service, again
+        self.assertEqual(self.file(), {})
+
+
+class KeptTlsConnectionTest(KeptConnectionTest):
+    """The same over https, with a private CA."""
+
+    scheme = "https"
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        cls.ca_file = Path(cls.folder) / "ca.pem"
+        cls.ca_file.write_text(CERTIFICATE)
+        key_file = Path(cls.folder) / "key.pem"
+        key_file.write_text(PRIVATE_KEY)
+        cls.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        cls.tls.load_cert_chain(cls.ca_file, key_file)
+
+    def start_stand_in(self, **details):
+        return super().start_stand_in(**{"tls": self.tls, **details})
+
+    def settings(self, **changes):
+        return super().settings(**{"SSL_CERT_FILE": str(self.ca_file), **changes})
+
+    def test_a_certificate_of_an_unknown_ca_is_refused_and_nothing_is_sent(self):
+        other = self.start_service(SSL_CERT_FILE="")
+        with self.assertRaisesRegex(ticket_service.MattermostError, "CERTIFICATE_VERIFY_FAILED"):
+            other.desk.mattermost.get_me()
+        self.assertEqual(self.mattermost.calls, [])
+
+
+# ------------------------------------------------------------------------------------ the form
+
+def element(kind="text", name="x", **details):
+    return {"display_name": "X", "name": name, "type": kind, **details}
+
+
+OPTIONS = [{"text": "One", "value": "1", "mention": "@first"}, {"text": "T`wo", "value": "2"}]
+EVERY_TYPE = {"title": "All", "elements": [
+    element("text", "text", min_length=2, max_length=5), element("textarea", "area", optional=True),
+    element("text", "number", subtype="number"), element("text", "email", subtype="email"),
+    element("text", "url", subtype="url"), element("text", "tel", subtype="tel", optional=True),
+    element("select", "select", options=OPTIONS), element("radio", "radio", options=OPTIONS),
+    element("bool", "must"), element("bool", "may", optional=True)]}
+GOOD = {"text": "abc", "number": 42, "email": "a@b", "url": "http://x", "select": "1", "radio": "2",
+        "must": True}
+
+
+class FormTest(Case):
+    def setUp(self):
+        super().setUp()
+        self.form_file = Path(self.enterContext(tempfile.TemporaryDirectory())) / "form.json"
+        self.form_file.write_text(json.dumps(EVERY_TYPE))
+        self.start_service(FORM_FILE=str(self.form_file))
+
+    def message(self, number=-1):
+        """Return the message of a ticket, without its first line."""
+        return self.mattermost.roots()[number]["message"].partition("\n")[2]
+
+    def test_a_form_from_a_file_is_opened_as_it_is_but_for_mentions(self):
+        self.mattermost.run_command()
+        _, _, dialog = self.mattermost.dialogs[0]
+        self.assertEqual(dialog["title"], "All")
+        expected = json.loads(json.dumps(EVERY_TYPE["elements"]))
+        for option in expected[6]["options"] + expected[7]["options"]:
+            option.pop("mention", None)
+        self.assertEqual(dialog["elements"], expected)
+
+    def test_every_type_has_its_line_in_the_ticket(self):
+        answers = {**GOOD, "area": "a\n\n    b", "tel": "+49 `1`", "may": False}
+        self.assertEqual(self.file(answers), {})
+        self.assertEqual(self.message(), """\
+**X:** `abc`
+**X:**
+> a
+> \n>     b
+
+**X:** `42`
+**X:** `a@b`
+**X:** `http://x`
+**X:** `` +49 `1` ``
+**X:** `One` @first
+**X:** ``T`wo``
+**X:** `yes`
+**X:** `no`""")
+        self.assertEqual(self.mattermost.roots()[0]["props"]["ticket"]["answers"],
+                         {**answers, "number": "42"})
+
+    def test_numbers_and_booleans_may_arrive_as_texts_and_blanks_as_anything(self):
+        for empty in ("", None, " \n", "\x07\u202e"):
+            with self.subTest(empty):
+                answers = {**GOOD, "number": "4.5", "must": "true", "area": empty, "tel": empty,
+                           "unknown": "key"}
+                self.assertEqual(self.file(answers), {})
+                self.assertEqual(self.message().count("\n"), 7)
+
+    def test_an_answer_that_breaks_a_rule_is_told_at_its_field(self):
+        self.mattermost.run_command()
+        for name, value, sentence in (
+                ("text", None, "fill in"), ("text", "   ", "fill in"), ("text", "a", "at least 2"),
+                ("text", "abcdef", "at most 5 characters: 1 are"), ("text", ["a"], "plain text"),
+                ("text", {"a": 1}, "plain text"), ("area", "x" * 3001, "at most 3000"),
+                ("number", "many", "number"), ("number", "1_0", "number"),
+                ("number", True, "number"), ("number", float("inf"), "number"),
+                ("email", "alice", "e-mail"), ("url", "example.com", "http://"),
+                ("tel", "1" * 151, "at most 150"), ("select", "3", "options"),
+                ("select", "", "fill in"), ("select", "One", "options"),
+                ("select", 1, "options"), ("radio", None, "fill in"),
+                ("must", False, "tick"), ("must", None, "tick"), ("may", "perhaps", "options")):
+            with self.subTest(name=name, value=value):
+                answer = self.mattermost.submit_dialog({**GOOD, name: value})
+                self.assertEqual(list(answer), ["errors"])
+                self.assertEqual(list(answer["errors"]), [name])
+                self.assertIn(sentence, answer["errors"][name])
+        self.assertEqual(self.mattermost.submit_dialog({})["errors"].keys(), GOOD.keys())
+        self.assertEqual(self.mattermost.posts, {})
+        self.assertEqual(self.mattermost.submit_dialog(GOOD), {})
+
+    def test_nothing_that_is_typed_gets_out_of_its_place(self):
+        for typed, shown in (
+                ("```\nopen", "> ```\n> open"), ("---", "> ---"), ("a\r\nb\rc", "> a\n> b\n> c"),
+                ("a\u2424b\u2028c\u2029d\x85e\x0bf\x0cg", "> a\n> b\n> c\n> d\n> e\n> f\n> g"),
+                ("[x]: http://evil", "> [x]: http://evil"), ("<!-- ", "> <!--"),
+                ("![x](http://e/x.png)", "> !\u2060[x](http://e/x.png)"),
+                ("a\x00b\x1bc\u202ed\u2066e\ud800f", "> abcdef"),
+                ("\U0001f4be é", "> \U0001f4be é"),
+                ("@all", "> @\u2060all"), ("@\x07ALL!", "> @\u2060ALL!"),
+                ("_@channel_", "> _@\u2060channel_"), ("x.@here", "> x.@\u2060here"),
+                ("@all_", "> @\u2060all_"), ("@all-x", "> @\u2060all-x"),
+                ('"@all"', '> "@\u2060all"'),
+                ("@allx @bob x@all 1@here é@all alice@example.com root@db01",
+                 "> @allx @bob x@all 1@here é@all alice@example.com root@db01")):
+            with self.subTest(typed):
+                self.assertEqual(self.file({**GOOD, "area": typed}), {})
+                self.assertIn(f"**X:**\n{shown}\n\n**X:** `42`", self.message())
+        for typed, shown in (
+                ("``", "``` `` ```"), ("a`b", "``a`b``"), ("``a", "``` ``a ```"), ("a\nb", "`a b`"),
+                ("@all", "`@\u2060all`"), ("![x", "`!\u2060[x`")):
+            with self.subTest(typed):
+                self.assertEqual(self.file({**GOOD, "text": typed}), {})
+                self.assertTrue(self.message().startswith(f"**X:** {shown}\n"), self.message())
+
+    def test_a_ticket_that_is_too_long_is_told_by_how_much(self):
+        form = {"title": "Long", "elements": [element("textarea", max_length=20_000)]}
+        self.form_file.write_text(json.dumps(form))
+        self.start_service(FORM_FILE=str(self.form_file))
+        self.mattermost.run_command()
+        self.assertEqual(self.mattermost.submit_dialog({"x": "x" * 16_300}), {})
+        self.mattermost.run_command()
+        for extra in (1000, 1):
+            answer = self.mattermost.submit_dialog({"x": "\U0001f4be" * (16_500 + extra)})
+            self.assertRegex(answer["error"], r"^The ticket is \d+ characters too long\.")
+        excess = int(re.search(r"\d+", answer["error"])[0])
+        self.assertEqual(self.mattermost.submit_dialog({"x": "\U0001f4be" * (16_501 - excess)}), {})
+        self.assertGreater(len(self.mattermost.made("POST /posts")[-1]["message"]), 16_200)
+
+    def test_a_form_that_mattermost_would_not_show_is_refused_at_start(self):
+        for elements, complaint in (
+                ([], "at least one element"), ({}, "at least one element"),
+                ([1], "element 1 must be"),
+                ([element("users")], "element x: type 'users' is not supported"),
+                ([element("date")], "'date'"), ([element(["text"])], "not supported"),
+                ([{"type": "text", "name": "x"}], "element x: display_name must have 1 to 24"),
+                ([{"type": "text", "display_name": "X"}], "element 1: name must have 1 to 300"),
+                ([element(), element()], "element x: another one has the same name"),
+                ([element(display_name="é" * 13)], "display_name must have 1 to 24 bytes, not 26"),
+                ([element(name="n" * 301)], "name must have 1 to 300"),
+                ([element(help_text="h" * 151)], "help_text must have 0 to 150"),
+                ([element(default="d" * 151)], "default must have 0 to 150"),
+                ([element("textarea", placeholder="p" * 3001)], "placeholder must have 0 to 3000"),
+                ([element(optional="true")], "optional must be true or false"),
+                ([element(default=7)], "default must be a text"),
+                ([element(max_length="9")], "max_length must be a whole number"),
+                ([element(min_length=True)], "min_length must be a whole number"),
+                ([element(min_length=9, max_length=8)], "min_length"),
+                ([element(min_length=-1)], "min_length"), ([element(min_length=151)], "min_length"),
+                ([element(subtype="password")], "'password'"),
+                ([element("bool", default="yes")], 'default must be "true" or "false"'),
+                ([element("select")], "options are missing"),
+                ([element("radio", options=[])], "options are missing"),
+                ([element("select", options={})], "options must be a list"),
+                ([element("select", data_source="users")], "data_source"),
+                ([element("select", options=[{"text": "One"}])], "every option needs a text and"),
+                ([element("select", options=[{"text": "", "value": "1"}])], "every option needs"),
+                ([element("select", options=OPTIONS, default="One")], "'One' is not the value"),
+                ([element("select", options=OPTIONS * 2)], "two options have the same value"),
+                ([element("select", options=OPTIONS, multiselect=True)], "multiselect"),
+                ([element("select", options=[{**OPTIONS[0], "mention": "first"}])], "@team-or")):
+            with self.subTest(complaint):
+                self.assert_form_refused({"title": "T", "elements": elements}, complaint)
+        for form, complaint in ((None, "JSON object"), ([], "JSON object"), ({}, "elements"),
+                                ({"elements": [element()]}, "title must have 1 to 24"),
+                                ({"title": "x" * 25, "elements": [element()]}, "title"),
+                                ({"title": 7, "elements": [element()]}, "title must be a text")):
+            with self.subTest(complaint):
+                self.assert_form_refused(form, complaint)
+
+    def assert_form_refused(self, form, complaint):
+        self.form_file.write_text(json.dumps(form))
+        with self.assertRaisesRegex(ticket_service.SettingsError, re.escape(complaint)) as caught:
+            ticket_service.Settings.from_environment(self.settings(FORM_FILE=str(self.form_file)))
+        for line in str(caught.exception).splitlines():
+            self.assertTrue(line.startswith("FORM_FILE"), line)
+
+    def test_a_file_that_is_no_form_is_refused_at_start(self):
+        for content in (b"", b"{", b"\xff", b"[" * 100_000):
+            self.form_file.write_bytes(content)
+            with self.assertRaisesRegex(ticket_service.SettingsError, "FORM_FILE can't be read"):
+                ticket_service.Settings.from_environment(
+                    self.settings(FORM_FILE=str(self.form_file)))
+
+
+# ---------------------------------------------------------------------------------- the settings
+
+class SettingsTest(unittest.TestCase):
+    required = {"MATTERMOST_URL": "http://localhost:8065", "BOT_TOKEN": "bot",
+                "SLASH_TOKEN": "slash", "CALLBACK_URL": "http://localhost:8080"}
+
+    def read(self, **changes):
+        return ticket_service.Settings.from_environment({**self.required, **changes})
+
+    def test_four_settings_are_enough(self):
+        settings = self.read()
+        self.assertEqual((settings.port, settings.ticket_channel), (8080, ""))
+        self.assertEqual(settings.form, ticket_service.FORM)
+        self.assertNotIn("bot", repr(settings).replace("bot_token", ""))
+
+    def test_everything_that_is_wrong_is_named_at_once(self):
+        with self.assertRaises(ticket_service.SettingsError) as caught:
+            ticket_service.Settings.from_environment(
+                {"PORT": "x", "TICKET_CHANNEL": "town-square", "FORM_FILE": "/nowhere"})
+        self.assertEqual(
+            sorted(line.split()[0] for line in str(caught.exception).splitlines()),
+            ["BOT_TOKEN", "CALLBACK_URL", "FORM_FILE", "MATTERMOST_URL", "PORT", "SLASH_TOKEN",
+             "TICKET_CHANNEL"])
+
+    def test_what_can_t_be_right_is_refused(self):
+        for name, values in {
+                "MATTERMOST_URL": ("host", "ftp://host", "http://", "http:///x", "http://a b",
+                                   "http://h:99999", "http://h:x", "http://h?q", "http://h/#f",
+                                   "http://u:p@h", "http://h\u00f6st", "http://[::1", "http://h:0"),
+                "CALLBACK_URL": ("tickets:8080", "http://h/?x=1"),
+                "BOT_TOKEN": ("a b", "tok\u00e9n", "a\x00b"),
+                "SLASH_TOKEN": (",", "\u00e9", "a,\x7f"),
+                "PORT": ("-1", "65536", "80a", "\u0661", "1.5", "999999"),
+                "TICKET_CHANNEL": ("town-square", "x" * 25, "x" * 27, "~" * 26)}.items():
+            for value in values:
+                with self.subTest(name=name, value=value), self.assertRaisesRegex(
+                        ticket_service.SettingsError, f"^{name} "):
+                    self.read(**{name: value})
+
+    def test_urls_may_have_a_sub_path_and_a_slash_at_the_end(self):
+        settings = self.read(MATTERMOST_URL="http://h:80/chat/", CALLBACK_URL=" http://[::1]/t// ")
+        self.assertEqual((settings.mattermost_url, settings.callback_url),
+                         ("http://h:80/chat", "http://[::1]/t"))
+
+    def test_several_slash_tokens_are_separated_by_commas_or_white_space(self):
+        self.assertEqual(self.read(SLASH_TOKEN="a,b c\n\td , e,").slash_tokens,
+                         [b"a", b"b", b"c", b"d", b"e"])
+
+    def test_a_setting_can_be_in_a_file(self):
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "secret"
+            for name in (*self.required, "TICKET_CHANNEL"):
+                value = self.required.get(name, "c" * 26)
+                file.write_text(f"  {value}\n")
+                settings = self.read(**{name: "", f"{name}_FILE": str(file)})
+                self.assertIn(value, str([settings.mattermost_url, settings.bot_token,
+                                          settings.slash_tokens, settings.callback_url,
+                                          settings.ticket_channel]))
+            for changes, complaint in (
+                    ({"BOT_TOKEN_FILE": str(file)}, "BOT_TOKEN is given twice"),
+                    ({"BOT_TOKEN": "", "BOT_TOKEN_FILE": "/nowhere"}, "BOT_TOKEN can't be read"),
+                    ({"BOT_TOKEN": "", "BOT_TOKEN_FILE": folder}, "BOT_TOKEN can't be read"),
+                    ({"BOT_TOKEN": "", "BOT_TOKEN_FILE": os.devnull}, "is empty")):
+                with self.subTest(complaint), self.assertRaisesRegex(
+                        ticket_service.SettingsError, complaint):
+                    self.read(**changes)
+            file.write_bytes(b"\xff")
+            with self.assertRaisesRegex(ticket_service.SettingsError, "SLASH_TOKEN can't be read"):
+                self.read(SLASH_TOKEN="", SLASH_TOKEN_FILE=str(file))
+
+    def test_https_needs_a_certificate_to_trust(self):
+        https = {"MATTERMOST_URL": "https://localhost"}
+        for path in ("/nowhere", os.devnull, str(HERE)):
+            with self.subTest(path), self.assertRaisesRegex(
+                    ticket_service.SettingsError, "^SSL_CERT_FILE "):
+                self.read(**https, SSL_CERT_FILE=path)
+        self.read(SSL_CERT_FILE="/nowhere")  # http does not care
+
+
+# ------------------------------------------------------------------------------------- the IDs
+
+class Clock:
+    """A clock that is set by hand, in seconds since 1970."""
+
+    def __init__(self, text):
+        self.set(text)
+
+    def set(self, text):
+        self.now = datetime.datetime.fromisoformat(text).timestamp()
+
+    def __call__(self):
+        return self.now
+
+
+class TicketIdTest(unittest.TestCase):
+    def test_an_id_tells_the_day_in_utc_and_the_time(self):
+        for moment, ticket_id in (
+                ("2026-11-23T00:00:00Z", "Ticket-20261123-0000"),
+                ("2026-11-23T12:00:00Z", "Ticket-20261123-G000"),
+                ("2026-11-23T12:00:00.5Z", "Ticket-20261123-G006"),
+                ("2026-11-23T23:59:59.999Z", "Ticket-20261123-ZZZZ"),
+                ("2026-11-23T23:00:00-05:00", "Ticket-20261124-5ANA")):
+            with self.subTest(moment):
+                self.assertEqual(ticket_service.TicketIds(Clock(moment)).next(), ticket_id)
+
+    def test_ids_rise_and_do_not_repeat_whatever_the_clock_does(self):
+        clock = Clock("2026-11-23T12:00:00Z")
+        ids = ticket_service.TicketIds(clock)
+        first, second = ids.next(), ids.next()
+        self.assertEqual((first, second), ("Ticket-20261123-G000", "Ticket-20261123-G001"))
+        clock.set("2026-11-23T11:00:00Z")
+        self.assertEqual(ids.next(), "Ticket-20261123-G002")
+        clock.set("2026-11-22T11:00:00Z")
+        self.assertEqual(ids.next(), "Ticket-20261123-G003")
+        clock.set("2026-11-24T00:00:01Z")
+        self.assertEqual(ids.next(), "Ticket-20261124-000C")
+
+    def test_a_day_that_is_used_up_is_an_error_until_midnight(self):
+        clock = Clock("2026-11-23T23:59:59.99Z")
+        ids = ticket_service.TicketIds(clock)
+        ids.next()
+        with self.assertRaisesRegex(ticket_service.Sorry, "after midnight UTC"):
+            ids.next()
+        clock.set("2026-11-24T00:00:00Z")
+        self.assertEqual(ids.next(), "Ticket-20261124-0000")
+
+    def test_after_a_burst_the_clock_has_to_catch_up(self):
+        clock = Clock("2026-11-23T12:00:00Z")
+        ids = ticket_service.TicketIds(clock)
+        self.assertEqual(ids.ahead(), 0)
+        for _ in range(121):
+            last = ids.next()
+        self.assertAlmostEqual(ids.ahead(), 121 * 86400 / 32 ** 4)
+        clock.now += ids.ahead() + 0.001
+        self.assertEqual(ids.ahead(), 0)
+        self.assertGreater(ticket_service.TicketIds(clock).next(), last)
+        clock.set("2026-11-24T00:00:00Z")
+        self.assertEqual(ids.ahead(), 0)
+
+
+# ---------------------------------------------------------------------------- the process itself
+
+class ProcessTest(Case):
+    """What needs a process of its own: exit statuses, signals, the command line."""
+
+    def run_service(self, *arguments, **environment):
+        """Return exit status, output and errors of a service that ends by itself."""
+        done = subprocess.run([sys.executable, HERE / "ticket_service.py", *arguments], timeout=20,
+                              env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    def start_process(self, **changes):
+        """Return a running service, which logs into a pipe, and let people use it."""
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", HERE / "ticket_service.py"],
+            env=self.settings(**changes), stderr=subprocess.PIPE, text=True)
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        port = re.search(r"listening on port (\d+)", process.stderr.readline())[1]
+        self.mattermost.service = ("127.0.0.1", int(port))
+        return process
+
+    def test_bad_settings_are_all_named_and_end_with_status_2(self):
+        status, output, errors = self.run_service(PORT="many")
+        self.assertEqual((status, output), (2, ""))
+        for name in ("MATTERMOST_URL", "BOT_TOKEN", "SLASH_TOKEN", "CALLBACK_URL", "PORT"):
+            self.assertRegex(errors, f"(?m)^{name} ")
+
+    def test_a_port_that_is_taken_is_told(self):
+        status, _, errors = self.run_service(**self.settings(PORT=str(self.service.server_port)))
+        self.assertEqual(status, 1)
+        self.assertRegex(errors, r"port \d+ can't be opened: .*in use")
+
+    def test_help_lists_every_variable(self):
+        status, output, _ = self.run_service("--help")
+        self.assertEqual(status, 0)
+        for name in ticket_service.VARIABLES:
+            self.assertIn(name, output)
+
+    def test_health_asks_the_running_service(self):
+        port = str(self.service.server_port)
+        for proxy in ({}, {"http_proxy": "http://127.0.0.1:9"}):
+            self.assertEqual(self.run_service("--health", PORT=port, **proxy)[0], 0)
+        for wrong in (str(self.mattermost.server_port), "9", "x"):
+            self.assertEqual(self.run_service("--health", PORT=wrong)[0], 1, wrong)
+
+    def test_check_says_what_is_fine(self):
+        status, output, _ = self.run_service("--check", **self.settings(TICKET_CHANNEL=QUIET))
+        self.assertEqual(status, 0, output)
+        self.assertRegex(output, r"ok +MATTERMOST_URL: .*11\.6\.0")
+        self.assertRegex(output, r"ok +BOT_TOKEN: .*@ticket-bot")
+        self.assertRegex(output, r"ok +TICKET_CHANNEL")
+
+    def test_check_says_what_is_wrong(self):
+        self.mattermost.version, self.mattermost.site_url = "8.1.0", ""
+        for changes, complaint in (
+                ({"MATTERMOST_URL": "http://127.0.0.1:9"}, "problem MATTERMOST_URL: no answer"),
+                ({"MATTERMOST_URL": self.mattermost.url + "/x"}, "problem MATTERMOST_URL: .*404"),
+                ({"BOT_TOKEN": "wrong"}, "problem BOT_TOKEN: it is not valid"),
+                ({"TICKET_CHANNEL": SECRET}, "problem .*/invite @ticket-bot"),
+                ({"TICKET_CHANNEL": "x" * 26}, "problem .*does not exist")):
+            with self.subTest(complaint):
+                status, output, _ = self.run_service("--check", **self.settings(**changes))
+                self.assertEqual(status, 1, output)
+                self.assertRegex(output, complaint)
+        self.assertRegex(output, "warning .*before 9.4")
+        self.assertRegex(output, "warning .*SiteURL")
+        self.mattermost.teams = []
+        self.assertRegex(self.run_service("--check", **self.settings())[1], "problem .*no team")
+
+    def test_a_callback_url_that_leads_mattermost_to_itself_is_warned_about(self):
+        elsewhere = "http://0.0.0.0:9"
+        for mattermost_url, callback_url, warned in (
+                ("http://127.0.0.1:9", "http://localhost:8080", False),
+                (elsewhere, CALLBACK_URL, False), (elsewhere, "http://localhost:8080", True),
+                (elsewhere, "http://127.1.2.3", True), (elsewhere, "http://[::1]:8080", True)):
+            settings = ticket_service.Settings.from_environment(
+                self.settings(MATTERMOST_URL=mattermost_url, CALLBACK_URL=callback_url))
+            first = next(ticket_service.Desk(settings).checks())
+            self.assertEqual(first[1].startswith("CALLBACK_URL"), warned, first)
+
+    def test_a_mattermost_that_is_down_is_no_reason_to_exit(self):
+        process = self.start_process(MATTERMOST_URL="http://127.0.0.1:9")
+        self.assertIn("MATTERMOST_URL: no answer", process.stderr.readline())
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(5), 0)
+
+    def test_sigterm_during_a_submission_completes_it(self):
+        process = self.start_process()
+        self.mattermost.run_command()
+        self.mattermost.script("POST /posts", slow(0.4), slow(0.4))
+        submitting = threading.Thread(
+            target=lambda: self.assertEqual(self.mattermost.submit_dialog(answers_to()), {}))
+        submitting.start()
+        self.eventually(lambda: self.mattermost.made("POST /posts"), "the post")
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(5), 0)
+        submitting.join()
+        self.assertEqual(len(self.mattermost.posts), 2)
+        self.assertEqual(len(self.mattermost.ephemeral), 1)
+
+    def test_no_id_is_given_again_after_a_restart(self):
+        for _ in range(2):
+            process = self.start_process()
+            for _ in range(12):  # a second's worth of IDs
+                self.file()
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(5), 0)
+        ids = [root["props"]["ticket_id"] for root in self.mattermost.roots()]
+        self.assertEqual(ids, sorted(set(ids)))
+        self.assertEqual(len(ids), 24)
+
+
+if __name__ == "__main__":
+    unittest.main()

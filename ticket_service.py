@@ -1,0 +1,1782 @@
+#!/usr/bin/env python3
+"""A `/ticket` slash command for Mattermost, in one file that needs nothing but Python.
+
+The life of a ticket:
+
+1. Somebody types `/ticket`, and Mattermost calls `POST /ticket`. We make sure that the bot can post
+   in the channel, and open a dialog whose signed `state` says who asked, where and when.
+2. The person fills in the dialog, and Mattermost calls `POST /ticket/submit`. We check the state
+   and the answers. Whatever is wrong, the dialog stays open and says so: no text is ever lost.
+3. The ticket is posted in the channel, once, however often the dialog is submitted.
+4. When the answer has gone out, the person gets an ephemeral confirmation with the ticket's ID, and
+   the bot replies in the thread, which makes the reporter follow it.
+
+To change the form, edit FORM or name a file in FORM_FILE. What people read is below FORM, how a
+ticket looks is in ticket_message(). `--help` lists the settings; the rest is in README.md.
+"""
+
+import argparse
+import base64
+import collections
+import contextlib
+import email.utils
+import functools
+import http.client
+import http.server
+import hmac
+import io
+import json
+import logging
+import math
+import os
+import queue
+import re
+import resource
+import secrets
+import select
+import selectors
+import signal
+import socket
+import socketserver
+import ssl
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+import urllib.response
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import NamedTuple
+
+log = logging.getLogger("ticket")
+
+
+# ------------------------------------------------- 1. The form, and the sentences people read
+
+# Mattermost's own dialog object, as it goes over the wire:
+# https://developers.mattermost.com/integrate/plugins/interactive-dialogs/
+# One entry is the field in the dialog, the rule its answer is checked by, and the line in the
+# ticket. An option may carry "mention": "@team-or-user", which goes into a ticket that chose it.
+FORM = {
+    "title": "New ticket",
+    "submit_label": "Create ticket",
+    "elements": [
+        {
+            "display_name": "Cluster", "name": "cluster", "type": "select",
+            "options": [
+                {"text": "Production", "value": "prod"},
+                {"text": "Development / Test", "value": "dev"},
+                {"text": "DMZ", "value": "dmz"},
+            ],
+        },
+        {
+            "display_name": "VM / resource", "name": "resource", "type": "text",
+            "placeholder": "vm-042",
+        },
+        {
+            "display_name": "Problem description", "name": "problem", "type": "textarea",
+            "placeholder": "What happens, since when, and what did you expect?",
+        },
+        {
+            "display_name": "Network information", "name": "network", "type": "textarea",
+            "optional": True, "help_text": "IP addresses, ports",
+        },
+    ],
+}
+
+YES, NO = "yes", "no"
+REPLY = "Please reply in this thread: questions, news and the solution belong here."
+CHANGED = "@{user_name} submitted the form again, with other answers:"
+CONFIRMATION = "Your ticket has been created: [{ticket_id}]({link})"
+
+# Instead of the form, after `/ticket`. INVITE and ARCHIVED also stand in a form that was submitted.
+THIS_CHANNEL, THE_TICKET_CHANNEL = "this channel", "the ticket channel"
+TYPE_AGAIN, SUBMIT_AGAIN = "type `/ticket` again", "submit again"
+INVITE = ("I can't post in {place} yet. Invite me there with `/invite @{bot}`, then {again}. "
+          "(If I am not in the team, a team admin has to add me first.)")
+ARCHIVED = "I can't post in {place}: it is archived. Please use another channel."
+NO_CHANNEL = "I can't post in {place}: it does not exist. Please tell your Mattermost admin."
+USE_A_CHANNEL = "I can't post in direct and group messages. Please type `/ticket` in a channel."
+BAD_TOKEN = "Mattermost does not accept my bot token. Please tell your Mattermost admin."
+FORM_LATE = "The form came too late for Mattermost. Please type `/ticket` again."
+FORM_NOT_OPENED = "Mattermost did not open the form. Please type `/ticket` again in a moment."
+FORM_TOO_SMALL = "The form holds only the beginning of what you typed."
+WHAT_YOU_TYPED = "What you typed:"
+
+# In the form, above its buttons.
+FORM_INVALID = "This form is no longer valid. Copy your text, type /ticket and paste it."
+NOT_REACHED = "Mattermost does not answer. Submit again in a moment: that makes one ticket only."
+NOT_ACCEPTED = "Mattermost did not accept the ticket. Submit again in a moment, or tell your admin."
+DAY_FULL = "All ticket IDs of today are used up. Please submit again after midnight UTC."
+TICKET_TOO_LONG = "The ticket is {excess} characters too long. Please shorten it and submit again."
+TOO_LONG_THERE = "The ticket is too long for this Mattermost. Please shorten it and submit again."
+SLOW = "Mattermost takes very long to answer. Please wait a moment, then try again."
+OUR_FAULT = "Something went wrong in the ticket service. Please try again, or tell your admin."
+
+# In the form, under a field.
+REQUIRED = "Please fill in this field."
+NOT_TICKED = "Please tick this box."
+NOT_AN_OPTION = "Please choose one of the options."
+NOT_TEXT = "Please write plain text here."
+NOT_A_NUMBER = "Please write a number, such as 42."
+NOT_AN_EMAIL = "Please write an e-mail address, such as alice@example.com."
+NOT_A_URL = "Please write an address that begins with http:// or https://."
+TOO_SHORT = "Please write at least {limit} characters."
+TOO_LONG = "Please write at most {limit} characters: {excess} are too many."
+
+
+# ------------------------------------------------------------------------------- 2. Settings
+
+VARIABLES = {
+    "MATTERMOST_URL": "where this service reaches Mattermost: https://mattermost.example.com",
+    "BOT_TOKEN": "access token of the bot account",
+    "SLASH_TOKEN": "token of the slash command; several (one per team) with commas in between",
+    "CALLBACK_URL": "where Mattermost reaches this service: http://tickets.example.com:8080",
+    "PORT": "port to listen on; default 8080",
+    "TICKET_CHANNEL": "ID of one channel for all tickets; default: where /ticket is typed",
+    "FORM_FILE": "JSON file with a form of your own; default: the built-in form",
+    "SSL_CERT_FILE": "CA certificates to trust; default: those of the system",
+}
+FROM_FILE = ("MATTERMOST_URL", "BOT_TOKEN", "SLASH_TOKEN", "CALLBACK_URL", "TICKET_CHANNEL")
+
+ID = re.compile("[A-Za-z0-9]{1,64}")  # of anything in Mattermost: what may become part of a URL
+PRINTABLE = re.compile("[!-~]+")
+
+# Mattermost only logs what breaks these limits, but refuses a whole dialog for a wrong JSON type.
+LABEL_BYTES, NAME_BYTES, HELP_BYTES = 24, 300, 150
+DEFAULT_BYTES = {"text": 150, "textarea": 3000, "select": 3000, "radio": 3000, "bool": 150}
+MAX_LENGTH = {"text": 150, "textarea": 3000}  # characters, where an element does not say
+SUBTYPES = ("", "text", "email", "number", "tel", "url")
+JSON_TYPES = (
+    (str, "a text", ("display_name", "name", "subtype", "default", "placeholder", "help_text",
+                     "data_source")),
+    (bool, "true or false", ("optional", "multiselect")),
+    (int, "a whole number", ("min_length", "max_length")),
+    (list, "a list", ("options",)),
+)
+
+
+class SettingsError(Exception):
+    """All that is wrong with the settings, a line each."""
+
+
+def option_problems(element):
+    """Yield what is wrong with the options of a select or radio element."""
+    values = [""]
+    for option in element.get("options", []):
+        if not isinstance(option, dict) or not all(
+                isinstance(option.get(key), str) and option[key] for key in ("text", "value")):
+            yield "every option needs a text and a value"
+            return
+        if not re.fullmatch(r"@[\w.-]+", str(option.get("mention", "@nobody"))):
+            yield f"the mention of {option['text']!r} must look like @team-or-user"
+        values.append(option["value"])
+    if len(values) == 1:
+        yield "options are missing"
+    if len(values) > len(set(values)):
+        yield "two options have the same value"
+    if element.get("default", "") not in values:
+        yield f"default {element['default']!r} is not the value of an option"
+
+
+def element_problems(element):
+    """Yield what is wrong with an element of a form."""
+    kind = element.get("type")
+    if kind not in tuple(DEFAULT_BYTES):
+        yield f"type {kind!r} is not supported, only {', '.join(DEFAULT_BYTES)}"
+        return
+    wrong = [f"{key} must be {description}" for wanted, description, keys in JSON_TYPES
+             for key in keys if key in element and type(element[key]) is not wanted]
+    if wrong:
+        yield from wrong
+        return
+    for key, least, most in (
+            ("display_name", 1, LABEL_BYTES), ("name", 1, NAME_BYTES), ("help_text", 0, HELP_BYTES),
+            ("default", 0, DEFAULT_BYTES[kind]), ("placeholder", 0, DEFAULT_BYTES[kind])):
+        size = len(element.get(key, "").encode())
+        if not least <= size <= most:
+            yield f"{key} must have {least} to {most} bytes, not {size}"
+    if element.get("subtype", "") not in SUBTYPES:
+        yield f"subtype {element['subtype']!r} is not supported, only {', '.join(SUBTYPES[1:])}"
+    if element.get("data_source") or element.get("multiselect"):
+        yield "data_source and multiselect are not supported, only options"
+    longest = element.get("max_length") or MAX_LENGTH.get(kind, math.inf)
+    if not 0 <= element.get("min_length", 0) <= longest:
+        yield "min_length must be at least 0, and not more than max_length"
+    if kind == "bool" and element.get("default", "") not in ("", "true", "false"):
+        yield 'default must be "true" or "false"'
+    if kind in ("select", "radio"):
+        yield from option_problems(element)
+
+
+def form_problems(form):
+    """Yield what is wrong with a form, so that it is said at start and not found out by people."""
+    if not isinstance(form, dict):
+        yield "must be a JSON object"
+        return
+    for key in ("title", "submit_label", "introduction_text"):
+        if not isinstance(form.get(key, ""), str):
+            yield f"{key} must be a text"
+    if not 1 <= len(str(form.get("title", "")).encode()) <= LABEL_BYTES:
+        yield f"title must have 1 to {LABEL_BYTES} bytes"
+    elements = form.get("elements")
+    if not isinstance(elements, list) or not elements:
+        yield "elements must be a list with at least one element"
+        return
+    names = set()
+    for number, element in enumerate(elements, 1):
+        if not isinstance(element, dict):
+            yield f"element {number} must be a JSON object"
+            continue
+        name = str(element.get("name") or number)
+        yield from (f"element {name}: {problem}" for problem in element_problems(element))
+        if name in names:
+            yield f"element {name}: another one has the same name"
+        names.add(name)
+
+
+def checked_form(path):
+    """Return the form in a JSON file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            form = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"can't be read: {error}") from error
+    if problems := list(form_problems(form)):
+        raise ValueError("\n".join(problems))
+    return form
+
+
+def checked_url(text):
+    """Return an http or https URL, without a slash at its end."""
+    url = urllib.parse.urlsplit(text)
+    if not PRINTABLE.fullmatch(text) or url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError("must be a URL such as https://host or http://host:8080/path")
+    if url.port == 0 or any(mark in text for mark in "@?#"):
+        raise ValueError("must be a URL without user name, query and fragment")
+    return text.rstrip("/")
+
+
+def checked_token(text):
+    """Return a token that can stand in an HTTP header."""
+    if not PRINTABLE.fullmatch(text):
+        raise ValueError("must be printable ASCII without spaces")
+    return text
+
+
+def checked_tokens(text):
+    """Return one or several tokens, as bytes."""
+    tokens = [checked_token(token).encode() for token in re.split(r"[\s,]+", text) if token]
+    if not tokens:
+        raise ValueError("must hold a token")
+    return tokens
+
+
+def checked_channel(text):
+    """Return the ID of a channel."""
+    if not ID.fullmatch(text) or len(text) != 26:
+        raise ValueError("must be a channel's ID (26 letters and digits), not its name")
+    return text
+
+
+def checked_port(text):
+    """Return a port number; 0 lets the system choose one."""
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError("must be a number from 0 to 65535")
+    return int(text)
+
+
+def tls_context(ca_file):
+    """Return what verifies certificates; ssl itself says nothing when it has nobody to trust."""
+    context = ssl.create_default_context()
+    directory = ssl.get_default_verify_paths().capath
+    if ca_file:
+        context.load_verify_locations(ca_file)
+    elif not context.cert_store_stats()["x509"] and not (directory and os.listdir(directory)):
+        raise ValueError("is needed: this system has no CA certificates of its own")
+    return context
+
+
+def setting_text(environ, name):
+    """Return a variable, or what is in the file that <name>_FILE names; "" if there is neither."""
+    text = environ.get(name, "").strip()
+    path = environ.get(f"{name}_FILE", "") if name in FROM_FILE else ""
+    if not path:
+        return text
+    if text:
+        raise ValueError(f"is given twice: as {name} and as {name}_FILE")
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(100_000).strip()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"can't be read from {name}_FILE: {error}") from error
+    if not text:
+        raise ValueError(f"can't be read from {name}_FILE: {path} is empty")
+    return text
+
+
+def is_loopback(url):
+    """Return whether a URL leads back to the machine that it is used on."""
+    host = urllib.parse.urlsplit(url).hostname
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment tells the service; VARIABLES says what each one means."""
+
+    mattermost_url: str
+    bot_token: str = field(repr=False)
+    slash_tokens: list = field(repr=False)  # of bytes
+    callback_url: str
+    port: int
+    ticket_channel: str  # "" for the channel where /ticket is typed
+    form: dict
+    tls: ssl.SSLContext | None  # None where Mattermost is reached over http
+
+    @classmethod
+    def from_environment(cls, environ):
+        """Return the settings in a mapping; raise SettingsError with all that is wrong in it."""
+        problems = [f"FORM {problem}" for problem in form_problems(FORM)]
+
+        def read(name, check, default=None):
+            try:
+                if text := setting_text(environ, name):
+                    return check(text)
+                if default is None:
+                    raise ValueError(f"is missing: {VARIABLES[name]}")
+            except ValueError as error:
+                problems.extend(f"{name} {line}" for line in str(error).splitlines())
+            return default
+
+        values = {
+            "mattermost_url": read("MATTERMOST_URL", checked_url),
+            "bot_token": read("BOT_TOKEN", checked_token),
+            "slash_tokens": read("SLASH_TOKEN", checked_tokens),
+            "callback_url": read("CALLBACK_URL", checked_url),
+            "port": read("PORT", checked_port, 8080),
+            "ticket_channel": read("TICKET_CHANNEL", checked_channel, ""),
+            "form": read("FORM_FILE", checked_form, FORM),
+            "tls": None,
+        }
+        if str(values["mattermost_url"]).startswith("https:"):
+            try:
+                values["tls"] = tls_context(environ.get("SSL_CERT_FILE"))
+            except (OSError, ValueError) as error:
+                problems.append(f"SSL_CERT_FILE {error}")
+        if problems:
+            raise SettingsError("\n".join(problems))
+        return cls(**values)
+
+
+# ------------------------------------------------- 3. Reading: what Mattermost says to us
+
+FORM_FIELDS = 1000  # Mattermost repeats keys for everybody who is mentioned in the text
+JSON_DEPTH = 100
+JSON_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+USER_NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)  # a colon in those of shared channels
+HOOK = re.compile(r"/([A-Za-z0-9]+)$")
+LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029\u2424]")  # what Mattermost's clients break at
+UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+class Sorry(Exception):
+    """Something that a person in Mattermost has to know; str() is the sentence they read."""
+
+
+class Refused(Exception):
+    """An HTTP request that Mattermost would not send; str() is the reason, for whoever sent it."""
+
+    def __init__(self, status, reason, *headers):
+        super().__init__(reason)
+        self.status, self.headers = status, headers
+
+
+def clean(text):
+    """Return what a person typed, with plain line ends and without what can't be seen or sent."""
+    return UNSEEN.sub("", LINE_ENDS.sub("\n", text)).strip()
+
+
+def json_object(body):
+    """Return the JSON object in the body of a request."""
+    outside = JSON_STRING.sub(b"", body)  # people paste JSON and stack traces into a ticket
+    if outside.count(b"[") + outside.count(b"{") > JSON_DEPTH:
+        raise Refused(400, "the JSON is nested too deeply")  # json would crash a small thread stack
+    try:
+        value = json.loads(body)
+    except ValueError as error:
+        raise Refused(400, "the body is not JSON") from error
+    if not isinstance(value, dict):
+        raise Refused(400, "the body is not a JSON object")
+    return value
+
+
+@dataclass(frozen=True)
+class SlashCommand:
+    """`/ticket`, as somebody typed it; Mattermost has checked who and where.
+
+    https://developers.mattermost.com/integrate/slash-commands/custom/
+    """
+
+    user_id: str
+    user_name: str
+    channel_id: str
+    trigger_id: str
+    text: str
+    hook: str  # ID of the response URL; its host is never used, since a client can choose it
+
+    @classmethod
+    def from_body(cls, body, tokens):
+        """Read the body, a form; its token must be one of ours."""
+        try:
+            fields = dict(urllib.parse.parse_qsl(
+                body.decode(), keep_blank_values=True, max_num_fields=FORM_FIELDS))
+        except ValueError as error:
+            raise Refused(400, "the body is not a form") from error
+        token = fields.get("token", "").encode()
+        if not any([hmac.compare_digest(token, known) for known in tokens]):
+            raise Refused(401, "SLASH_TOKEN does not hold the token of this slash command")
+        user_id, user_name, channel_id, trigger_id = (
+            fields.get(name, "") for name in ("user_id", "user_name", "channel_id", "trigger_id"))
+        if not (ID.fullmatch(user_id) and ID.fullmatch(channel_id) and trigger_id
+                and USER_NAME.fullmatch(user_name)):
+            raise Refused(400, "user_id, user_name, channel_id or trigger_id is missing or odd")
+        hook = HOOK.search(fields.get("response_url", ""))
+        return cls(user_id, user_name, channel_id, trigger_id, clean(fields.get("text", "")),
+                   hook[1] if hook else "")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A dialog, as somebody submitted it. Nothing in it can be trusted before its state is opened.
+
+    https://developers.mattermost.com/integrate/plugins/interactive-dialogs/#dialog-submission
+    """
+
+    user_id: str
+    state: str
+    answers: dict
+    cancelled: bool
+
+    @classmethod
+    def from_body(cls, body):
+        """Read the body, a JSON object; what has the wrong type counts as empty."""
+        fields = json_object(body)
+        ours = fields.get("type") in (None, "", "dialog_submission")  # not a look-up or a refresh
+
+        def read(key, wanted):
+            value = fields.get(key)
+            return value if ours and isinstance(value, wanted) else wanted()
+
+        return cls(read("user_id", str), read("state", str), read("submission", dict),
+                   read("cancelled", bool))
+
+
+def text_problem(element, text):
+    """Return what is wrong with the text typed into an element, if anything is."""
+    least = element.get("min_length", 0)
+    most = element.get("max_length") or MAX_LENGTH[element["type"]]
+    subtype = element.get("subtype")
+    if len(text) < least:
+        return TOO_SHORT.format(limit=least)
+    if len(text) > most:
+        return TOO_LONG.format(limit=most, excess=len(text) - most)
+    if subtype == "number" and not NUMBER.fullmatch(text):
+        return NOT_A_NUMBER
+    if subtype == "email" and "@" not in text:
+        return NOT_AN_EMAIL
+    if subtype == "url" and not ("http://" in text or "https://" in text):
+        return NOT_A_URL
+    return None
+
+
+def read_answer(element, value):
+    """Return the answer in a submitted value, and what is wrong with it, if anything is.
+
+    The answer is a text, or True or False where the element is a bool; None if there is none.
+    Clients leave out what was not touched, or send null or ""; numbers may arrive as strings.
+    """
+    if isinstance(value, (list, dict)):
+        return None, NOT_TEXT
+    if value is None:
+        value = ""
+    text = clean(value if isinstance(value, str) else json.dumps(value))
+    if element["type"] == "bool":
+        if text.lower() not in ("", "true", "false"):
+            return None, NOT_AN_OPTION
+        ticked = text.lower() == "true"
+        return ticked, None if ticked or element.get("optional") else NOT_TICKED
+    if not text:
+        return None, None if element.get("optional") else REQUIRED
+    if element["type"] in ("select", "radio"):
+        known = any(option["value"] == value for option in element["options"])
+        return value, None if known else NOT_AN_OPTION
+    return text, text_problem(element, text)
+
+
+def read_answers(elements, submission):
+    """Return the answers to a form, and what is wrong with them; both by the element's name."""
+    answers, errors = {}, {}
+    for element in elements:
+        name = element["name"]
+        answer, problem = read_answer(element, submission.get(name))
+        if problem:
+            errors[name] = problem
+        elif answer is not None:
+            answers[name] = answer
+    return answers, errors
+
+
+# ------------------------------------------------- 4. Writing: what we say to Mattermost
+
+# Without escapes: they would push a long ticket over Mattermost's limit of 300,000 bytes.
+JSON = json.JSONEncoder(ensure_ascii=False)
+MESSAGE_LIMIT = 16383  # characters in a post
+JOINER = "\u2060"  # invisible; Mattermost sees no mention and no image where it stands
+CHANNEL_MENTION = re.compile(r"(?<![^\W_])@(?=(all|channel|here)(?![^\W_]))", re.IGNORECASE)
+
+
+def json_bytes(value):
+    """Return JSON in UTF-8."""
+    return JSON.encode(value).encode("utf-8", "replace")
+
+
+def longest_run(mark, text):
+    """Return how often a character stands in a row at the most."""
+    return max(map(len, re.findall(f"{mark}+", text)), default=0)
+
+
+def fenced(text):
+    """Return Markdown that shows a text as it is."""
+    fence = "`" * max(3, longest_run("`", text) + 1)
+    return f"{fence}\n{text}\n{fence}"
+
+
+def inline_code(text):
+    """Return Markdown that shows one line as it is."""
+    ticks = "`" * (longest_run("`", text) + 1)
+    room = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{room}{text}{room}{ticks}"
+
+
+def block_quote(text):
+    """Return Markdown that quotes a text; without the empty line the quote would go on."""
+    return "".join(f"> {line}\n" for line in text.split("\n")) + "\n"
+
+
+def harmless(text):
+    """Return a text that pings nobody but persons, and makes nobody's client load an image."""
+    return CHANNEL_MENTION.sub(f"@{JOINER}", text).replace("![", f"!{JOINER}[")
+
+
+def ephemeral(text):
+    """Return an answer that only the person who typed the command sees."""
+    # Without skip_slack_parsing, a typed <!channel> would become a mention.
+    return {"response_type": "ephemeral", "text": text, "skip_slack_parsing": True}
+
+
+def given_back(sentence, text):
+    """Return an ephemeral answer that gives people their text back."""
+    return ephemeral(f"{sentence}\n{WHAT_YOU_TYPED}\n{fenced(text)}" if text else sentence)
+
+
+def prefilled(elements, text):
+    """Return the elements with a text in the first textarea, and whether all of it found room."""
+    if not text:
+        return elements, True
+    for index, element in enumerate(elements):
+        if element["type"] == "textarea":
+            room = element.get("max_length") or MAX_LENGTH["textarea"]
+            default = text[:room].encode()[:DEFAULT_BYTES["textarea"]].decode(errors="ignore")
+            filled = {**element, "default": default}
+            return [*elements[:index], filled, *elements[index + 1:]], default == text
+    return elements, False
+
+
+def without_mentions(elements):
+    """Return the elements as Mattermost knows them."""
+    return [
+        {**element, "options": [{"text": option["text"], "value": option["value"]}
+                                for option in element["options"]]}
+        if "options" in element else element
+        for element in elements
+    ]
+
+
+def answer_line(element, answer):
+    """Return the line, or lines, of a ticket for one answer."""
+    label = f"**{element['display_name']}:**"
+    if element["type"] == "textarea":
+        return f"{label}\n{block_quote(harmless(answer))}"
+    if element["type"] == "bool":
+        return f"{label} `{YES if answer else NO}`\n"
+    if element["type"] == "text":
+        return f"{label} {inline_code(harmless(answer.replace(chr(10), ' ')))}\n"
+    option = next(option for option in element["options"] if option["value"] == answer)
+    mention = f" {option['mention']}" if "mention" in option else ""
+    return f"{label} {inline_code(option['text'])}{mention}\n"
+
+
+def answer_lines(elements, answers):
+    """Return the part of a ticket that shows the answers, in the order of the form."""
+    return "".join(answer_line(element, answers[element["name"]])
+                   for element in elements if element["name"] in answers)
+
+
+def ticket_message(ticket_id, user_name, elements, answers):
+    """Return the message of a ticket; the hashtag makes its ID searchable."""
+    return f"#### #{ticket_id} · @{user_name}\n{answer_lines(elements, answers)}".rstrip()
+
+
+def new_post(channel_id, message, pending_post_id, root_id="", **props):
+    """Return a post that may be sent twice: Mattermost knows its pending_post_id for 30 seconds."""
+    return {
+        "channel_id": channel_id,
+        "root_id": root_id,
+        "message": message,
+        "pending_post_id": pending_post_id,
+        # In a post with attachments, even none, Mattermost loads no preview and no image of a link.
+        "props": {**props, "attachments": []},
+    }
+
+
+def ticket_props(ticket_id, asked, nonce, answers):
+    """Return the props of a ticket, for scripts and for ourselves."""
+    ticket = {"user_id": asked.user_id, "user_name": asked.user_name, "answers": answers,
+              "created_at": int(time.time() * 1000), "nonce": nonce}
+    return {"is_ticket": True, "ticket_id": ticket_id, "ticket": ticket}
+
+
+# ------------------------------------------------------------------------------- 5. Trust
+
+STATE_AGE = 24 * 60 * 60  # seconds
+DIGITS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's: none looks like another
+TICKET_ID = re.compile(rf"Ticket-[0-9]{{8}}-[{DIGITS}]{{4}}")
+IDS_PER_DAY = len(DIGITS) ** 4
+DAY = 24 * 60 * 60  # seconds
+
+
+class Seal:
+    """Signs what passes through other hands and must come back unchanged.
+
+    The key is derived from the bot's token: it survives a restart and needs no setting.
+    """
+
+    def __init__(self, bot_token):
+        self.key = hmac.digest(bot_token.encode(), b"mattermost-ticket", "sha256")
+
+    def close(self, purpose, *fields):
+        """Return a text that holds the fields and can only be opened for the same purpose."""
+        payload = base64.urlsafe_b64encode(json_bytes(fields))
+        return b".".join((payload, self.signature(purpose, payload))).decode()
+
+    def open(self, purpose, text):
+        """Return the fields in a text, or None if we did not close it for this purpose."""
+        payload, _, signature = text.encode("utf-8", "replace").partition(b".")
+        if not hmac.compare_digest(signature, self.signature(purpose, payload)):
+            return None
+        return json.loads(base64.urlsafe_b64decode(payload))
+
+    def signature(self, purpose, payload):
+        """Return the signature of a payload, as text."""
+        signed = hmac.digest(self.key, purpose.encode() + b"." + payload, "sha256")
+        return base64.urlsafe_b64encode(signed)
+
+
+class State(NamedTuple):
+    """Who asked for a ticket, where and when: what a dialog's state says."""
+
+    user_id: str
+    user_name: str
+    channel_id: str  # where /ticket was typed
+    time: int  # when, in seconds
+    nonce: str  # one for each dialog
+
+
+def opened_state(seal, submission):
+    """Return the state of a submission, if it is ours, of the same user, and not too old."""
+    fields = seal.open("state", submission.state)
+    state = State(*fields) if fields else None
+    if not state or state.user_id != submission.user_id or time.time() - state.time > STATE_AGE:
+        raise Sorry(FORM_INVALID)
+    return state
+
+
+class TicketIds:
+    """Ticket-YYYYMMDD-XXXX: the day (UTC) and its 1,048,576 IDs, spread evenly over the hours.
+
+    So IDs sort by time and need no storage. Each is later than the clock's and the last one's.
+    """
+
+    def __init__(self, clock=time.time):
+        self.clock, self.lock = clock, threading.Lock()
+        self.day, self.last = "", -1
+
+    def next(self):
+        """Return an ID that was not used before."""
+        with self.lock:
+            now = self.clock()
+            day = time.strftime("%Y%m%d", time.gmtime(now))
+            if day > self.day:
+                self.day, self.last = day, -1
+            number = max(self.last + 1, int(IDS_PER_DAY * (now % DAY) / DAY))
+            if number >= IDS_PER_DAY:
+                raise Sorry(DAY_FULL)
+            self.last = number
+            digits = "".join(DIGITS[number >> shift & 31] for shift in (15, 10, 5, 0))
+            return f"Ticket-{self.day}-{digits}"
+
+    def ahead(self):
+        """Return for how many seconds the clock will not have passed the last ID."""
+        now = self.clock()
+        if time.strftime("%Y%m%d", time.gmtime(now)) != self.day:
+            return 0
+        return max(0, DAY * (self.last + 1) / IDS_PER_DAY - now % DAY)
+
+
+# ------------------------------------------------------------ 6. Mattermost's REST API
+
+ANSWER_LIMIT = 2**20  # bytes of an answer that are read
+ERROR_ID = re.compile(r"[a-z0-9_.]{1,100}")
+POST_PENDING = "api.post.deduplicate_create_post.pending"
+CANNOT_BE_JOINED = "api.channel.add_user_to_channel.type.app_error"  # direct and group messages
+CHANNEL_ARCHIVED = "api.post.create_post.can_not_post_to_deleted.error"
+MESSAGE_TOO_LONG = ("model.post.is_valid.message_length.app_error",
+                    "model.post.is_valid.msg.app_error")  # the second up to Mattermost 9
+TRIGGER_EXPIRED = "interactive_message.decode_trigger_id.expired"
+
+
+class MattermostError(Exception):
+    """A call that Mattermost did not answer with success. str() is for the log.
+
+    `status` is None if there was no answer that makes sense; `id` is Mattermost's name for the
+    error. Its own words are not kept: they may hold a response hook.
+    """
+
+    def __init__(self, reason, status=None, error_id="", retry_after=None):
+        super().__init__(reason)
+        self.status, self.id, self.retry_after = status, error_id, retry_after
+        self.may_pass = status in (None, 429, 502, 503, 504) or error_id == POST_PENDING
+        self.may_have_worked = status is None or status >= 500
+
+
+class NotAllowed(MattermostError):
+    """A call about something that is not there for the bot: 400, 403 or 404."""
+
+
+def mattermost_error(status, headers, body):
+    """Return the error in an answer of Mattermost's, or of a proxy in front of it."""
+    try:
+        error_id = json.loads(body)["id"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        error_id = ""
+    if not ERROR_ID.fullmatch(str(error_id)):  # plugins put their own words there
+        error_id = ""
+    reason = f"Mattermost answered {status} {error_id}".rstrip()
+    if 300 <= status < 400:
+        reason += ", a redirect: is MATTERMOST_URL right?"
+    seconds = headers.get("Retry-After", "")
+    kind = NotAllowed if status in (400, 403, 404) else MattermostError
+    return kind(reason, status, error_id, int(seconds) if seconds.isdecimal() else None)
+
+
+class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """Opens http and https URLs on connections that are kept for the next call.
+
+    A new TLS connection costs more time than all else in a call. Safe because each of our calls
+    may be repeated: a GET, a dialog, a hook, or a post with a pending_post_id.
+    """
+
+    most, longest = 64, 10  # idle connections, and seconds for which they are
+
+    def __init__(self, context, proxied):
+        super().__init__(context=context)
+        self.proxied = proxied
+        self.idle, self.lock = collections.deque(), threading.Lock()
+
+    def do_open(self, connection_class, request, **details):
+        """Return the answer, read to its end; urllib's own do_open() leaves that to the caller."""
+        if self.proxied:
+            return self.whole(super().do_open(connection_class, request, **details), request)
+        kept = self.take()
+        if kept:
+            try:
+                return self.exchange(kept, request)
+            except TimeoutError:
+                raise
+            except (OSError, http.client.HTTPException) as error:
+                log.debug("a kept connection had died: %r", error)
+        fresh = connection_class(request.host, timeout=request.timeout, **details)
+        return self.exchange(fresh, request)
+
+    def exchange(self, connection, request):
+        """Send a request, return its answer, and keep the connection if the other side does."""
+        try:
+            connection.request(request.get_method(), request.selector, request.data,
+                               dict(request.header_items()))
+            answer = self.whole(connection.getresponse(), request)
+        except BaseException:
+            connection.close()
+            raise
+        if connection.sock:  # http.client has dropped it if the answer said Connection: close
+            self.keep(connection)
+        return answer
+
+    @staticmethod
+    def whole(response, request):
+        """Return a response with its whole body; raise if it is cut short, or too long."""
+        with response:
+            body = response.read(ANSWER_LIMIT + 1)
+            if len(body) > ANSWER_LIMIT:
+                raise ValueError("the answer is too long")
+            if response.length:  # bytes that are still owed: read() with a size does not tell
+                raise http.client.IncompleteRead(body, response.length)
+        return urllib.response.addinfourl(
+            io.BytesIO(body), response.headers, request.full_url, response.status)
+
+    def keep(self, connection):
+        """Keep an idle connection for the next call."""
+        with self.lock:
+            if len(self.idle) < self.most:
+                self.idle.append((connection, time.monotonic()))
+                return
+        connection.close()
+
+    def take(self):
+        """Return the connection that was used last and is still good, or None."""
+        oldest = time.monotonic() - self.longest
+        with self.lock:
+            while self.idle and self.idle[0][1] < oldest:
+                self.idle.popleft()[0].close()
+            while self.idle:
+                connection, _ = self.idle.pop()
+                poll = select.poll()
+                poll.register(connection.sock, select.POLLIN)
+                if not poll.poll(0):  # what can be read before we asked can only be the end
+                    return connection
+                connection.close()
+        return None
+
+    def close(self):
+        """Close what is kept."""
+        with self.lock:
+            while self.idle:
+                self.idle.pop()[0].close()
+
+
+class Mattermost:
+    """The part of the API that we use, as the bot. Every method may raise MattermostError.
+
+    https://developers.mattermost.com/api-documentation/
+    """
+
+    timeout = 5  # seconds, for each step of a call: connect, send, wait, read
+
+    def __init__(self, settings):
+        self.url = settings.mattermost_url
+        self.headers = {"Authorization": f"Bearer {settings.bot_token}",
+                        "Content-Type": "application/json"}
+        url = urllib.parse.urlsplit(self.url)
+        proxied = (url.scheme in urllib.request.getproxies()
+                   and not urllib.request.proxy_bypass(url.netloc))
+        # With context=None, urllib would load all CA certificates even for http.
+        self.connections = KeptConnections(
+            settings.tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), proxied)
+        # Bare: urllib's usual opener follows redirects, to any host and with our token.
+        self.opener = urllib.request.OpenerDirector()
+        self.opener.add_handler(self.connections)
+        if proxied:
+            self.opener.add_handler(urllib.request.ProxyHandler())
+
+    def send(self, method, path, payload=None):
+        """Return the body of an answer that means success."""
+        data = None if payload is None else json_bytes(payload)
+        request = urllib.request.Request(self.url + path, data, self.headers, method=method)
+        try:
+            with self.opener.open(request, timeout=self.timeout) as answer:
+                status, headers, body = answer.status, answer.headers, answer.read()
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise MattermostError(f"no answer from Mattermost: {error!r:.300}") from error
+        if status not in (200, 201):
+            raise mattermost_error(status, headers, body)
+        return body
+
+    def call(self, method, path, payload=None, wanted=dict):
+        """Return the JSON in an answer that means success: an object, or whatever is wanted."""
+        body = self.send(method, "/api/v4" + path, payload)
+        try:
+            answer = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise MattermostError("the answer is not JSON: is MATTERMOST_URL right?") from error
+        if not isinstance(answer, wanted):
+            raise MattermostError("the answer is not what Mattermost answers")
+        return answer
+
+    def get_client_config(self):
+        """Return the public configuration: `Version`, `SiteURL`, …, all of them texts."""
+        return self.call("GET", "/config/client?format=old")
+
+    def get_me(self):
+        """Return the bot's user: `id`, `username`, `roles`, `is_bot`, …"""
+        me = self.call("GET", "/users/me")
+        if not ID.fullmatch(str(me.get("id"))):
+            raise MattermostError("the answer is not what Mattermost answers")
+        return me
+
+    def get_my_teams(self):
+        """Return the bot's teams: `name`, …"""
+        return self.call("GET", "/users/me/teams", wanted=list)
+
+    def get_channel(self, channel_id):
+        """Return a channel: `type` (O, P, D, G), `delete_at`, …; of a member or a public one."""
+        return self.call("GET", f"/channels/{channel_id}")
+
+    def get_channel_member(self, channel_id):
+        """Return the bot's membership; 403 or 404 if there is none."""
+        return self.call("GET", f"/channels/{channel_id}/members/me")
+
+    def add_channel_member(self, channel_id, user_id):
+        """Let the bot join: 201 for public channels of its teams."""
+        return self.call("POST", f"/channels/{channel_id}/members", {"user_id": user_id})
+
+    def get_channel_posts(self, channel_id):
+        """Return the latest posts of a channel."""
+        posts = self.call("GET", f"/channels/{channel_id}/posts?per_page=200").get("posts")
+        return list(posts.values()) if isinstance(posts, dict) else []
+
+    def create_post(self, post):
+        """Return a post as it has been made: `id`, `props`, …"""
+        made = self.call("POST", "/posts", post)
+        if not ID.fullmatch(str(made.get("id"))):
+            raise MattermostError("the answer is not what Mattermost answers")
+        return made
+
+    def create_ephemeral_post(self, user_id, channel_id, message):
+        """Show a message to one person; only privileged bots may."""
+        post = {"channel_id": channel_id, "message": message}
+        return self.call("POST", "/posts/ephemeral", {"user_id": user_id, "post": post})
+
+    def open_dialog(self, trigger_id, url, dialog):
+        """Open a dialog for the person whose command the trigger belongs to."""
+        opening = {"trigger_id": trigger_id, "url": url, "dialog": dialog}
+        return self.call("POST", "/actions/dialogs/open", opening)
+
+    def answer_command(self, hook, answer):
+        """Answer a slash command later: five times, for half an hour."""
+        self.send("POST", f"/hooks/commands/{hook}", answer)
+
+
+# ------------------------------------------------------------------------------- 7. The flow
+
+REMEMBERED = 10_000  # dialogs, and channels
+
+
+def fingerprint(answers):
+    """Return a number that is the same for the same answers."""
+    return hash(json.dumps(answers, sort_keys=True))
+
+
+def is_ticket(post, nonce):
+    """Return whether what Mattermost calls a post is the ticket with a nonce."""
+    try:
+        props = post["props"]
+        return bool(props["ticket"]["nonce"] == nonce and ID.fullmatch(post["id"])
+                    and TICKET_ID.fullmatch(props["ticket_id"]))
+    except (LookupError, TypeError):
+        return False
+
+
+class Recent(dict):
+    """A dictionary that forgets what came first when it gets too long."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def remember(self, key, value):
+        """Add a value, unless the key has one; return the key's value."""
+        with self.lock:
+            value = self.setdefault(key, value)
+            if len(self) > REMEMBERED:
+                del self[next(iter(self))]
+            return value
+
+    def forget(self, key):
+        """Drop a key, if it is there."""
+        with self.lock:
+            self.pop(key, None)
+
+
+@dataclass(slots=True)
+class Dialog:
+    """A dialog, and the one ticket that comes of it, however often it is submitted."""
+
+    asked: State
+    hook: str = ""
+    unanswered: float = math.inf  # when Mattermost was first sent the ticket and did not answer
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    ticket_id: str = ""
+    post_id: str = ""  # once there is a ticket
+    posted: int = 0  # fingerprint of the answers in the ticket, or those posted after
+    follow_up: Callable = None  # what is left to do for the ticket, once
+
+
+class Desk:
+    """What happens to a ticket, in order: from the command to the dialog, and from there on."""
+
+    patience = 20  # seconds, for all tries of a post
+    pause = 0.5  # seconds before the second try
+    known_there = 25  # seconds; Mattermost knows a pending_post_id for 30
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.elements = settings.form["elements"]
+        self.form = {**settings.form, "callback_id": "ticket",
+                     "elements": without_mentions(self.elements)}
+        self.mattermost = Mattermost(settings)
+        self.seal = Seal(settings.bot_token)
+        self.ids = TicketIds()
+        self.dialogs = Recent()
+        self.good_channels = Recent()
+        self.place = THE_TICKET_CHANNEL if settings.ticket_channel else THIS_CHANNEL
+        self.site_url = ""
+
+    # From the command to the dialog
+
+    def on_slash_command(self, command):
+        """Open the form, and return the answer to the command."""
+        self.check_channel(self.target(command.channel_id), TYPE_AGAIN)
+        asked = State(command.user_id, command.user_name, command.channel_id, int(time.time()),
+                      secrets.token_urlsafe(24))
+        self.dialogs.remember(asked.nonce, Dialog(asked, command.hook))
+        elements, complete = prefilled(self.form["elements"], command.text)
+        dialog = {**self.form, "elements": elements, "state": self.seal.close("state", *asked)}
+        try:
+            self.mattermost.open_dialog(
+                command.trigger_id, self.settings.callback_url + "/ticket/submit", dialog)
+        except MattermostError as error:
+            late = error.id == TRIGGER_EXPIRED
+            raise Sorry(FORM_LATE if late else FORM_NOT_OPENED) from error
+        return {} if complete else given_back(FORM_TOO_SMALL, command.text)
+
+    def target(self, channel_id):
+        """Return the channel that gets the ticket of somebody who typed /ticket in a channel."""
+        return self.settings.ticket_channel or channel_id
+
+    def check_channel(self, channel_id, again):
+        """Return if the bot can post in a channel, having joined it where it may; else be Sorry.
+
+        A channel that Mattermost says nothing about is good until it refuses a post.
+        """
+        if channel_id in self.good_channels:
+            return
+        try:
+            self.enter_channel(channel_id, again)
+        except MattermostError as error:
+            if error.status == 401:
+                raise Sorry(BAD_TOKEN) from error
+            log.warning("channel=%s could not be looked at: %s", channel_id, error)
+        else:
+            self.good_channels.remember(channel_id, True)
+
+    def enter_channel(self, channel_id, again):
+        """Make the bot a member of a channel, or find that it can post without; else be Sorry."""
+        channel = {}
+        try:
+            channel = self.mattermost.get_channel(channel_id)
+        except NotAllowed as error:
+            if error.status == 404:
+                raise Sorry(NO_CHANNEL.format(place=self.place)) from error
+        if channel.get("delete_at"):  # an archived channel can be joined all the same
+            raise Sorry(ARCHIVED.format(place=self.place))
+        if channel.get("type") == "D":  # with the bot: nobody else would see the ticket
+            raise Sorry(USE_A_CHANNEL)
+        with contextlib.suppress(NotAllowed):
+            self.mattermost.get_channel_member(channel_id)
+            return
+        me = self.mattermost.get_me()
+        try:
+            self.mattermost.add_channel_member(channel_id, me["id"])
+        except NotAllowed as error:
+            if error.id == CANNOT_BE_JOINED:
+                raise Sorry(USE_A_CHANNEL) from error
+            roles = str(me.get("roles")).split()
+            everywhere = "system_post_all" in roles
+            here = "system_post_all_public" in roles and channel.get("type") == "O"
+            if not everywhere and not here:
+                raise Sorry(INVITE.format(
+                    place=self.place, bot=me.get("username"), again=again)) from error
+
+    # From the submission to the ticket
+
+    def on_submission(self, submission):
+        """File a ticket; return the answer to the dialog, and what is to be done after it."""
+        if submission.cancelled:
+            return {}, None
+        asked = opened_state(self.seal, submission)
+        answers, errors = read_answers(self.elements, submission.answers)
+        if errors:
+            return {"errors": errors}, None
+        # One that is not remembered, as it was opened before the last start, may have a ticket.
+        dialog = self.dialogs.remember(asked.nonce, Dialog(asked, unanswered=-math.inf))
+        with dialog.lock:
+            try:
+                if not dialog.post_id:
+                    self.file_ticket(dialog, answers)
+                if dialog.posted != fingerprint(answers):
+                    self.post_changes(dialog, answers)
+            except MattermostError as error:
+                raise Sorry(self.why_not_filed(error, dialog)) from error
+            follow_up, dialog.follow_up = dialog.follow_up, None
+        return {}, follow_up
+
+    def file_ticket(self, dialog, answers):
+        """Post a ticket, or find the one that an earlier attempt made."""
+        asked, channel_id = dialog.asked, self.target(dialog.asked.channel_id)
+        dialog.ticket_id = dialog.ticket_id or self.ids.next()
+        message = ticket_message(dialog.ticket_id, asked.user_name, self.elements, answers)
+        if len(message) > MESSAGE_LIMIT:
+            raise Sorry(TICKET_TOO_LONG.format(excess=len(message) - MESSAGE_LIMIT))
+        # Not the nonce itself: people can read it in the state, and make a post with it first.
+        nonce = self.seal.signature("ticket", asked.nonce.encode()).decode()
+        props = ticket_props(dialog.ticket_id, asked, nonce, answers)
+        began = time.monotonic()
+        try:
+            made = None
+            if began - dialog.unanswered > self.known_there:
+                made = self.earlier_ticket(channel_id, nonce)
+            made = made or self.create_ticket(new_post(channel_id, message, nonce, **props))
+        except MattermostError as error:
+            if error.may_have_worked:
+                dialog.unanswered = min(dialog.unanswered, began)
+            raise
+        dialog.ticket_id, dialog.post_id = made["props"]["ticket_id"], made["id"]
+        dialog.posted = fingerprint(made["props"]["ticket"].get("answers"))
+        log.info("ticket=%s user=%s channel=%s post=%s",
+                 dialog.ticket_id, asked.user_name, channel_id, dialog.post_id)
+        dialog.follow_up = lambda: self.follow_up(dialog, has_reply=made.get("reply_count"))
+
+    def earlier_ticket(self, channel_id, nonce):
+        """Return the post that an earlier submission of the same dialog made, or None."""
+        posts = []
+        with contextlib.suppress(NotAllowed):  # a bot that may post everywhere may not read
+            posts = self.mattermost.get_channel_posts(channel_id)
+        made = [post for post in posts if is_ticket(post, nonce)]
+        if made and made[0].get("user_id") == self.mattermost.get_me()["id"]:
+            return made[0]
+        return None
+
+    def create_ticket(self, post):
+        """Create the post of a ticket; where the bot is no longer a member, join first."""
+        ends = time.monotonic() + self.patience
+        try:
+            made = self.create_post(post, ends)
+        except MattermostError as error:
+            if error.status != 403:
+                raise
+            self.good_channels.forget(post["channel_id"])
+            self.check_channel(post["channel_id"], SUBMIT_AGAIN)
+            made = self.create_post(post, ends)
+        if not is_ticket(made, post["pending_post_id"]):
+            raise MattermostError("the answer is not the ticket that was posted")
+        return made
+
+    def create_post(self, post, ends):
+        """Create a post, again and again while Mattermost is away; all tries make one post."""
+        pause = self.pause
+        while True:
+            try:
+                return self.mattermost.create_post(post)
+            except MattermostError as error:
+                wait = error.retry_after or pause
+                if not error.may_pass or time.monotonic() + wait + self.mattermost.timeout > ends:
+                    raise
+            time.sleep(wait)
+            pause = min(2 * pause, 2)
+
+    def post_changes(self, dialog, answers):
+        """Post answers that are not in the ticket in its thread.
+
+        That is so if an earlier attempt made the ticket, its answer was lost, and the form was
+        changed before it was submitted again.
+        """
+        asked = dialog.asked
+        lines = answer_lines(self.elements, answers)
+        message = f"{CHANGED.format(user_name=asked.user_name)}\n{lines}".rstrip()
+        self.reply(dialog, message)
+        dialog.posted = fingerprint(answers)
+
+    def reply(self, dialog, message):
+        """Post in the thread of a ticket."""
+        post = new_post(self.target(dialog.asked.channel_id), message, secrets.token_urlsafe(24),
+                        dialog.post_id)
+        self.create_post(post, time.monotonic() + self.patience)
+
+    def why_not_filed(self, error, dialog):
+        """Return the sentence for somebody whose ticket Mattermost did not take."""
+        if error.id == CHANNEL_ARCHIVED:
+            self.good_channels.forget(self.target(dialog.asked.channel_id))
+            return ARCHIVED.format(place=self.place)
+        if error.id in MESSAGE_TOO_LONG or error.status == 413:
+            return TOO_LONG_THERE
+        if error.status == 401:
+            return BAD_TOKEN
+        return NOT_REACHED if error.may_pass else NOT_ACCEPTED
+
+    # After the answer: the ticket exists, and what fails now can only be logged
+
+    def follow_up(self, dialog, has_reply):
+        """Confirm a ticket to its reporter, and begin its thread."""
+        self.confirm(dialog)
+        if has_reply:
+            return
+        try:
+            self.reply(dialog, REPLY)
+        except MattermostError as error:
+            log.warning("ticket=%s has no reply: %s", dialog.ticket_id, error)
+
+    def confirm(self, dialog):
+        """Tell the reporter, and nobody else, that there is a ticket."""
+        asked = dialog.asked
+        link = f"{self.get_site_url()}/_redirect/pl/{dialog.post_id}"
+        text = CONFIRMATION.format(ticket_id=dialog.ticket_id, link=link)
+        try:
+            if dialog.hook:
+                return self.mattermost.answer_command(dialog.hook, ephemeral(text))
+        except MattermostError as error:
+            log.warning("ticket=%s response hook: %s", dialog.ticket_id, error)
+        try:
+            self.mattermost.create_ephemeral_post(asked.user_id, asked.channel_id, text)
+        except MattermostError as error:
+            log.warning("ticket=%s was not confirmed to user=%s: %s",
+                        dialog.ticket_id, asked.user_name, error)
+
+    def get_site_url(self):
+        """Return the address that people use Mattermost at."""
+        if not self.site_url:
+            try:
+                self.site_url = str(self.mattermost.get_client_config().get("SiteURL")).rstrip("/")
+            except MattermostError as error:
+                log.warning("the site URL is not known: %s", error)
+        return self.site_url if self.site_url.startswith("http") else self.settings.mattermost_url
+
+    # What an admin should know
+
+    def checks(self):
+        """Yield a logging level and a sentence for all that can be checked from here."""
+        callback_url = self.settings.callback_url
+        if is_loopback(callback_url) and not is_loopback(self.settings.mattermost_url):
+            yield logging.WARNING, f"CALLBACK_URL: {callback_url} is Mattermost's own machine"
+        try:
+            config = self.mattermost.get_client_config()
+        except MattermostError as error:
+            yield logging.ERROR, f"MATTERMOST_URL: {error}"
+            return
+        version = str(config.get("Version"))
+        yield logging.INFO, f"MATTERMOST_URL: Mattermost {version} answers"
+        if [int(part) for part in re.findall(r"\d+", version)[:2]] < [9, 4]:
+            yield logging.WARNING, "Mattermost before 9.4 gives a form 3 seconds to open: update it"
+        self.site_url = str(config.get("SiteURL")).rstrip("/")
+        if not self.site_url.startswith("http"):
+            yield logging.WARNING, "Mattermost has no SiteURL: set it, for the links to tickets"
+        yield from self.bot_checks()
+
+    def bot_checks(self):
+        """Yield a logging level and a sentence for what the bot is and where it can post."""
+        try:
+            me = self.mattermost.get_me()
+        except MattermostError as error:
+            wrong = error.status == 401
+            yield logging.ERROR, f"BOT_TOKEN: {'it is not valid: ' if wrong else ''}{error}"
+            return
+        name = me.get("username")
+        if me.get("is_bot"):
+            yield logging.INFO, f"BOT_TOKEN: it is that of the bot @{name}"
+        else:
+            yield logging.WARNING, f"BOT_TOKEN: @{name} is a person: create a bot account"
+        try:
+            if not self.mattermost.get_my_teams():
+                yield logging.ERROR, f"@{name} is in no team: let a team admin add it"
+            if self.settings.ticket_channel:
+                self.enter_channel(self.settings.ticket_channel, TYPE_AGAIN)
+                yield logging.INFO, f"TICKET_CHANNEL: @{name} can post there"
+        except (Sorry, MattermostError) as problem:
+            yield logging.ERROR, f"@{name} may not be able to post: {problem}"
+
+    def close(self, limit):
+        """Let the clock pass the last ticket ID, so that the next start can't give it again."""
+        ahead = self.ids.ahead()
+        if ahead > limit:
+            log.warning("start again in %d s at the earliest: until then, ticket IDs could repeat",
+                        ahead)
+        time.sleep(min(ahead, limit))
+        self.mattermost.connections.close()
+
+
+# ------------------------------------------------------------------------- 8. The HTTP edge
+
+HEAD_LIMIT = 16 * 1024  # bytes of request line and headers
+BODY_LIMIT = 256 * 1024  # bytes; 16,383 characters are up to 196 KB in a form
+REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (/[!-~]*) (HTTP/1\.[01])\r\n")
+HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)\r\n")
+HOST = re.compile(rb"[\w.~:\[\]-]+")
+HEALTH_CHECK = re.compile(  # without a body
+    rb"(?:GET|HEAD) /health[ ?][^\r\n]*\r\n(?:(?!(?i:content-length))[^\r\n]+\r\n)*\r\n")
+ONLY_ONCE = (b"host", b"content-length", b"content-type", b"authorization", b"expect")
+
+
+@functools.lru_cache(maxsize=1)
+def http_date(seconds):
+    """Return a time as HTTP writes it."""
+    return email.utils.formatdate(seconds, usegmt=True)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Reads one request, gives one answer, and closes the connection.
+
+    So no request can hide behind another, no thread waits for a second one, and Mattermost loses
+    no POST on a connection that is just being closed.
+    """
+
+    protocol_version = "HTTP/1.1"
+    timeout = 10  # seconds for each read or write; Server.deadline bounds a whole request
+    command = path = note = ""
+
+    def parse_request(self):
+        """Read the head of a request into command, path, headers and length.
+
+        Strictly: what can be read in two ways is refused, since a proxy in front of us may have
+        read it the other way. http.server's own parser is lenient, and most of its cost.
+        """
+        try:
+            self.read_head()
+            self.length = self.body_length()
+        except Refused as refused:
+            self.refuse(refused)
+            return False
+        return True
+
+    def read_head(self):
+        """Read request line and headers; header names are in lower case, and all is bytes."""
+        line, room = self.raw_requestline, HEAD_LIMIT
+        if line == b"\r\n":  # RFC 9112, 2.2: one empty line before a request is skipped
+            line = self.rfile.readline(room + 1)
+        method, target, version = self.parts(REQUEST_LINE, line, room)
+        self.command, self.request_version = method.decode(), version.decode()
+        self.path = target.partition(b"?")[0].decode()
+        self.headers = {}
+        room -= len(line)
+        while (line := self.rfile.readline(room + 1)) != b"\r\n":
+            name, value = self.parts(HEADER, line, room)
+            name = name.lower()
+            if name in ONLY_ONCE and name in self.headers:
+                raise Refused(400, f"{name.decode()} is there twice")
+            self.headers[name] = value.strip(b" \t")
+            room -= len(line)
+
+    @staticmethod
+    def parts(pattern, line, room):
+        """Return the parts of a line of the head."""
+        if len(line) > room:
+            raise Refused(431, "the head of the request is too long")
+        if not line.endswith(b"\n"):
+            raise ConnectionAbortedError("the request was cut short")
+        match = pattern.fullmatch(line)
+        if not match:
+            raise Refused(400, "the head of the request is malformed")
+        return match.groups()
+
+    def body_length(self):
+        """Return how long the body is, if the headers leave no doubt about it."""
+        headers = self.headers
+        if b"transfer-encoding" in headers:
+            raise Refused(501, "Transfer-Encoding is not supported")
+        if headers.get(b"expect", b"100-continue").lower() != b"100-continue":
+            raise Refused(417, "Expect is not supported, but for 100-continue")
+        host = headers.get(b"host", b"" if self.request_version == "HTTP/1.1" else b"none")
+        if not HOST.fullmatch(host):
+            raise Refused(400, "Host is missing or malformed")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit():
+            raise Refused(400, "Content-Length is malformed")
+        if len(length) > 9 or int(length) > BODY_LIMIT:
+            raise Refused(413, f"the body is longer than {BODY_LIMIT} bytes")
+        return int(length)
+
+    def respond(self):
+        """Answer the request by the table of routes."""
+        try:
+            methods, answer_to = ROUTES.get(self.path, ((), None))
+            if not methods:
+                raise Refused(404, "there is nothing at this path")
+            if self.command not in methods:
+                allowed = ", ".join(methods)
+                raise Refused(405, f"the method must be {allowed}", f"Allow: {allowed}")
+            answer_to(self, self.read_body())
+        except Refused as refused:
+            self.refuse(refused)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = respond
+    do_OPTIONS = do_TRACE = do_CONNECT = respond
+
+    def read_body(self):
+        """Return the body, all of it."""
+        if self.command == "POST" and b"content-length" not in self.headers:
+            raise Refused(411, "Content-Length is missing")
+        if b"expect" in self.headers and self.request_version == "HTTP/1.1":
+            self.handle_expect_100()
+        body = self.rfile.read(self.length)
+        if len(body) < self.length:
+            raise ConnectionAbortedError("the request was cut short")
+        self.server.reading.pop(self.connection, None)
+        return body
+
+    def get_health(self, _):
+        """Say that the service runs."""
+        self.answer(200, {"status": "ok"})
+
+    def post_command(self, body):
+        """Answer a slash command."""
+        desk = self.server.desk
+        command = SlashCommand.from_body(body, desk.settings.slash_tokens)
+        self.answer_person(lambda command: (desk.on_slash_command(command), None), command,
+                           lambda sentence: given_back(sentence, command.text))
+
+    def post_submission(self, body):
+        """Answer a dialog that was submitted."""
+        self.answer_person(self.server.desk.on_submission, Submission.from_body(body),
+                           lambda sentence: {"error": sentence})
+
+    def answer_person(self, react, request, sorry):
+        """Answer a person, whatever happens: always with 200, and before Mattermost gives up.
+
+        For anything else, Mattermost would throw the form away, and what was typed with it.
+        """
+        def answer_late():
+            self.note = SLOW
+            self.answer(200, sorry(SLOW))
+
+        follow_up = None
+        self.server.unanswered[self.connection] = time.monotonic(), answer_late
+        try:
+            answer, follow_up = react(request)
+        except Sorry as problem:
+            self.note = f"{problem} {problem.__cause__ or ''}".rstrip()
+            answer = sorry(str(problem))
+        except Exception:  # a bug of ours must not cost anybody their text
+            log.exception("POST %s failed", self.path)
+            answer = sorry(OUR_FAULT)
+        try:
+            if self.server.unanswered.pop(self.connection, None):
+                self.answer(200, answer)
+        finally:
+            if follow_up:
+                self.server.shutdown_request(self.connection)
+                follow_up()
+
+    def refuse(self, refused):
+        """Answer a request that Mattermost would not send."""
+        self.note = str(refused)
+        self.answer(refused.status, {"error": str(refused)}, *refused.headers)
+
+    def send_error(self, code, message=None, explain=None):
+        """Refuse what http.server itself has found wrong: in JSON, without a page or a banner."""
+        self.refuse(Refused(code, message or self.responses[code][0]))
+
+    def answer(self, status, payload, *headers):
+        """Send the answer in one write: Mattermost 9.4 to 9.7 loses a body that comes later."""
+        body = json_bytes(payload)
+        head = "\r\n".join((
+            f"HTTP/1.1 {status} {self.responses[status][0]}",
+            f"Date: {http_date(int(time.time()))}",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+            "Connection: close",
+            *headers, "", ""))
+        self.wfile.write(head.encode() + (b"" if self.command == "HEAD" else body))
+        self.log_request(status)
+
+    def log_request(self, code="-", size="-"):
+        """Log a line for each answer, but for good health checks; never a query or a body."""
+        if code == 200 and self.path == "/health":
+            return
+        level = logging.WARNING if self.note or code != 200 else logging.INFO
+        log.log(level, "%s %s %r %s %s", self.client_address[0], self.command, self.path[:200],
+                code, self.note)
+
+    def log_message(self, format, *args):
+        """Say nothing more: http.server logs clients that are slow or gone."""
+
+
+ROUTES = {
+    "/health": (("GET", "HEAD"), Handler.get_health),
+    "/ticket": (("POST",), Handler.post_command),
+    "/ticket/submit": (("POST",), Handler.post_submission),
+}
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """ThreadingHTTPServer, with threads that are used again and clients that are not trusted.
+
+    A connection waits for its first byte without a thread (`silent`), then a thread reads its
+    request (`reading`) and works for the answer (`unanswered`). Each of these has its limit.
+    """
+
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    request_queue_size = 1024
+    deadline = 10  # seconds in which a request has to arrive
+    hurry = 0.05  # seconds, while others wait for a thread
+    answer_within = 24  # seconds in which a person gets an answer; Mattermost gives up after 30
+    linger = 2  # seconds for which a refused client may go on sending
+    stop_within = 30  # seconds
+
+    def __init__(self, desk, port):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        files = limit if limit != resource.RLIM_INFINITY else 2**20
+        self.most_threads = min(512, files // 4)  # each may open a connection to Mattermost as well
+        self.most_silent = min(4096, files // 3)
+        self.desk = desk
+        self.silent, self.reading, self.unanswered = {}, {}, {}
+        self.jobs, self.lock = queue.SimpleQueue(), threading.Lock()
+        self.threads = 0
+        self.idle = 0  # threads that wait for a job, less jobs that wait for a thread
+        self.next_look = 0.0
+        self.arrivals = selectors.DefaultSelector()
+        super().__init__(("", port), Handler)
+
+    def server_bind(self):
+        """Bind to IPv4 and IPv6, without HTTPServer's look-up of a name: that can take 10 s."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)
+        self.server_port = self.server_address[1]
+
+    def server_activate(self):
+        """Listen, and let `arrivals` tell of new connections as well as of first bytes."""
+        super().server_activate()
+        self.socket.setblocking(False)
+        self.arrivals.register(self.socket, selectors.EVENT_READ)
+
+    def fileno(self):
+        """Return what serve_forever() waits for."""
+        return self.arrivals.fileno()
+
+    def get_request(self):
+        """Accept a connection; if that fails for want of files, do not ask again at once."""
+        try:
+            return super().get_request()
+        except BlockingIOError:  # not a new connection, but the first byte of an older one
+            raise
+        except OSError:
+            time.sleep(0.05)
+            raise
+
+    def process_request(self, request, client_address, waited=0):
+        """Answer a health check, let a thread read any other request, and let silence wait.
+
+        A health check that is all here can't block, and needs no thread: it is answered even if
+        all of them wait for Mattermost.
+        """
+        begin = b""
+        with contextlib.suppress(ConnectionError):
+            try:
+                begin = request.recv(HEAD_LIMIT, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                self.let_wait(request, client_address, waited)
+                return
+        if HEALTH_CHECK.fullmatch(begin):
+            self.process_request_thread(request, client_address)
+        else:
+            self.hand_over(request, client_address, waited)
+
+    def let_wait(self, request, client_address, waited):
+        """Let a connection wait for its first byte; if too many do, the oldest gives way."""
+        if len(self.silent) >= self.most_silent:
+            self.hang_up(next(iter(self.silent)))
+        self.silent[request] = time.monotonic() - waited
+        self.arrivals.register(request, selectors.EVENT_READ, client_address)
+
+    def service_actions(self):
+        """Hand over who has begun to speak; cut off who is too slow; answer where we are."""
+        for key, _ in self.arrivals.select(0) if self.silent else ():
+            if key.fileobj is not self.socket:
+                self.arrivals.unregister(key.fileobj)
+                waited = time.monotonic() - self.silent.pop(key.fileobj)
+                self.process_request(key.fileobj, key.data, waited)
+        now = time.monotonic()
+        if self.idle < 0:  # the oldest requests give their threads to the connections that wait
+            for connection, since in list(self.reading.items())[:-self.idle]:
+                if now - since > self.hurry:
+                    self.hang_up(connection)
+        if now < self.next_look:
+            return
+        self.next_look = now + 0.25
+        for connection, since in [*self.silent.items(), *self.reading.items()]:
+            if now - since > self.deadline:
+                self.hang_up(connection)
+        for connection, (since, answer_late) in list(self.unanswered.items()):
+            if now - since > self.answer_within and self.unanswered.pop(connection, None):
+                answer_late()
+
+    def hang_up(self, connection):
+        """End a connection whose request has not arrived; a thread that reads sees the end."""
+        if self.silent.pop(connection, None):
+            self.arrivals.unregister(connection)
+            self.close_request(connection)
+        elif self.reading.pop(connection, None):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def hand_over(self, request, client_address, waited):
+        """Let a thread read a request: an idle one, a new one, or the next that is done."""
+        with self.lock:
+            self.idle -= 1
+            new = self.idle < 0 and self.threads < self.most_threads
+            if new:
+                self.idle += 1
+                self.threads += 1
+        self.jobs.put((request, client_address, waited))
+        if new:
+            try:
+                threading.Thread(target=self.work, daemon=True).start()
+            except RuntimeError:  # the system's limit is lower than ours
+                with self.lock:
+                    self.idle -= 1
+                    self.threads -= 1
+
+    def work(self):
+        """Answer one request after the other, until the job is None."""
+        while job := self.jobs.get():
+            request, client_address, waited = job
+            self.reading[request] = time.monotonic() - waited
+            self.process_request_thread(request, client_address)
+            with self.lock:
+                self.idle += 1
+
+    def shutdown_request(self, request):
+        """Close a connection; if its client may still be sending, let it see the answer first.
+
+        To close with unread data would reset the connection, and the answer with it.
+        """
+        if self.reading.pop(request, None):
+            with contextlib.suppress(OSError):
+                request.shutdown(socket.SHUT_WR)
+                ends = time.monotonic() + self.linger
+                while (left := ends - time.monotonic()) > 0:
+                    request.settimeout(left)
+                    if not request.recv(65536):
+                        break
+        self.close_request(request)
+
+    def handle_error(self, request, client_address):
+        """Log our own errors; a client that went away is none."""
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+            log.exception("a request of %s failed", client_address[0])
+
+    def stop(self):
+        """Stop accepting, and finish what has been accepted, follow-ups included."""
+        self.shutdown()
+        self.deadline = 1  # for requests that are on their way
+        ends = time.monotonic() + self.stop_within
+        self.arrivals.unregister(self.socket)
+        with contextlib.suppress(OSError):  # until nobody waits to be accepted
+            for _ in range(self.request_queue_size):
+                self.process_request(*self.get_request())
+        self.socket.close()  # at once: who connects in between is not answered
+        while (self.silent or self.busy()) and time.monotonic() < ends:
+            self.arrivals.select(0.02)
+            self.service_actions()
+        if self.busy():
+            log.warning("stopping, although %d requests are not finished", self.threads - self.idle)
+        for _ in range(self.threads):
+            self.jobs.put(None)
+        self.arrivals.close()
+        self.desk.close(max(0, ends - time.monotonic()))
+
+    def busy(self):
+        """Return whether a thread works, or work waits for a thread."""
+        with self.lock:
+            return self.idle < self.threads
+
+
+# --------------------------------------------------------------------- 9. The command line
+
+def serve(settings):
+    """Run the service until SIGTERM or SIGINT; return the exit status."""
+    # Blocked before any thread starts, so that sigwait() gets them; nothing else ends a PID 1.
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    sys.setswitchinterval(0.0005)  # seconds; a busy thread holds up the others for less time
+    desk = Desk(settings)
+    try:
+        server = Server(desk, settings.port)
+    except OSError as error:
+        log.error("port %d can't be opened: %s", settings.port, error)
+        return 1
+    threading.Thread(target=server.serve_forever, args=(0.1,)).start()
+    log.info("listening on port %d", server.server_port)
+    threading.Thread(target=log_checks, args=(desk,), daemon=True).start()
+    signal.sigwait(signals)
+    log.info("stopping")
+    server.stop()
+    return 0
+
+
+def log_checks(desk):
+    """Log what the admin should know; a Mattermost that is down is no reason to stop."""
+    for level, sentence in desk.checks():
+        log.log(level, "%s", sentence)
+
+
+def check(settings):
+    """Print what is fine and what is not; return the exit status."""
+    names = {logging.INFO: "ok", logging.WARNING: "warning", logging.ERROR: "problem"}
+    levels = set()
+    for level, sentence in Desk(settings).checks():
+        levels.add(level)
+        print(f"{names[level]:8}{sentence}", flush=True)
+    return 1 if logging.ERROR in levels else 0
+
+
+def health(environ):
+    """Ask the service that runs on this machine whether it is well; return the exit status."""
+    try:
+        port = checked_port(environ.get("PORT", "").strip() or "8080")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        connection.request("GET", "/health")
+        answer = connection.getresponse()
+        fine = answer.status == 200 and answer.read(100) == json_bytes({"status": "ok"})
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        print(f"no answer on port {environ.get('PORT') or 8080}: {error}", file=sys.stderr)
+        return 1
+    return 0 if fine else 1
+
+
+def main():
+    """Do what the command line says; return the exit status."""
+    variables = "\n".join(f"  {name:16}{meaning}" for name, meaning in VARIABLES.items())
+    parser = argparse.ArgumentParser(
+        description="A /ticket slash command for Mattermost. Without an option: run the service.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"environment variables:\n{variables}\n\n"
+               f"A file can hold {', '.join(FROM_FILE)}:\nname it in BOT_TOKEN_FILE and so on.")
+    options = parser.add_mutually_exclusive_group()
+    options.add_argument("--check", action="store_true", help="check settings and Mattermost")
+    options.add_argument("--health", action="store_true", help="ask the running service")
+    chosen = parser.parse_args()
+    if chosen.health:
+        return health(os.environ)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        settings = Settings.from_environment(os.environ)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return check(settings) if chosen.check else serve(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
