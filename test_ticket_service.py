@@ -141,6 +141,20 @@ def is_call(wanted, call):
     return call.startswith(wanted) if wanted.endswith("/") else call == wanted
 
 
+def hashtags(message):
+    """Return what Mattermost finds by its hashtag search."""
+    return " ".join(re.findall(r"(?<!\S)#[A-Za-z][\w-]*", message))
+
+
+def as_seen(post):
+    """Return a post as the API shows it: without what its buttons carry."""
+    post = json.loads(json.dumps(post))
+    for attachment in post["props"].get("attachments", ()):
+        for action in attachment["actions"]:
+            del action["integration"]
+    return post
+
+
 class Channel:
     def __init__(self, name, kind="O", members=(), archived=False, team=TEAM):
         self.name, self.kind, self.members, self.team = name, kind, set(members), team
@@ -295,6 +309,35 @@ class StandIn(http.server.ThreadingHTTPServer):
             self.complain(f"errors for fields that are not there: {answer}")
         return answer
 
+    def press(self, post_id, user=BOB, /, **changes):
+        """Let a person press the button of a post; return what they see: "" or ephemeral text."""
+        post = self.posts[post_id]
+        [action] = post["props"]["attachments"][0]["actions"]
+        request = {
+            "user_id": user, "user_name": USERS[user], "channel_id": post["channel_id"],
+            "channel_name": self.channels[post["channel_id"]].name, "team_id": TEAM,
+            "team_domain": "ops", "post_id": post_id, "trigger_id": new_id(), "type": "button",
+            "data_source": "", "context": action["integration"]["context"], **changes}
+        status, _, body = self.post_to_service(
+            action["integration"]["url"], json.dumps(request).encode(), "application/json")
+        if status != 200:
+            return "Action integration error."
+        answer = json.loads(body)
+        if "update" in answer:
+            self.update_post(post, answer["update"])
+        return answer.get("ephemeral_text", "")
+
+    def update_post(self, post, update):
+        """Change a post as an action asks for; what the update leaves out is lost."""
+        with self.lock:
+            post["message"] = update.get("message", "")
+            post["hashtags"] = hashtags(post["message"])
+            post["props"] = update.get("props", post["props"])
+            post["update_at"] = post["edit_at"] = time.time_ns() // 10**6
+            self.check_buttons(post["props"])
+            if post["props"].get("from_bot") != "true":
+                self.complain("an update without from_bot takes the mark of the bot away")
+
     # What the service asks of it
 
     def user(self):
@@ -334,7 +377,7 @@ class StandIn(http.server.ThreadingHTTPServer):
         if pending_id in self.pending:
             if not self.pending[pending_id]:
                 raise Failure(500, "api.post.deduplicate_create_post.pending")
-            made = {**self.posts[self.pending[pending_id]], "pending_post_id": ""}
+            made = {**as_seen(self.posts[self.pending[pending_id]]), "pending_post_id": ""}
             made.pop("metadata")
             return 201, made
         if self.channels[channel_id].delete_at:
@@ -350,14 +393,14 @@ class StandIn(http.server.ThreadingHTTPServer):
                 "is_pinned": False, "user_id": BOT, "channel_id": channel_id, "root_id": root_id,
                 "original_id": "", "message": body["message"], "type": "",
                 "props": {**body.get("props", {}), "from_bot": "true"},
-                "hashtags": " ".join(re.findall(r"(?<!\S)#[A-Za-z][\w-]*", body["message"])),
+                "hashtags": hashtags(body["message"]),
                 "file_ids": [], "pending_post_id": pending_id, "reply_count": 0, "metadata": {}}
         self.posts[post["id"]] = post
         if root_id:
             self.posts[root_id]["reply_count"] += 1
         if pending_id:
             self.pending[pending_id] = post["id"]
-        return 201, post
+        return 201, as_seen(post)
 
     def check_post(self, body):
         """Complain of a post that Mattermost would take."""
@@ -365,11 +408,29 @@ class StandIn(http.server.ThreadingHTTPServer):
             self.complain("a post without pending_post_id can't be repeated safely")
         if not isinstance(body.get("props", {}).get("attachments"), list):
             self.complain("a post without props.attachments loads previews and images")
+        self.check_buttons(body.get("props", {}))
+
+    def check_buttons(self, props):
+        """Complain of a button that can't be seen or pressed."""
+        for attachment in props.get("attachments", ()):
+            for action in attachment["actions"]:
+                if not re.fullmatch("[A-Za-z0-9]+", action["id"]) or not action["name"]:
+                    self.complain(f"a button that can't be pressed: {action}")
+                if not action.get("integration", {}).get("context"):
+                    self.complain("a button that has lost its integration")
+
+    def get_post(self, _, post_id):
+        post = self.posts.get(post_id)
+        if not post:
+            raise Failure(404, "app.post.get.app_error")
+        if BOT not in self.channels[post["channel_id"]].members:
+            raise Failure(*NO_PERMISSION)
+        return 200, as_seen(post)
 
     def get_posts(self, _, channel_id):
         if not self.bot_may_post(channel_id) or BOT not in self.channels[channel_id].members:
             raise Failure(*NO_PERMISSION)
-        found = {post_id: post for post_id, post in self.posts.items()
+        found = {post_id: as_seen(post) for post_id, post in self.posts.items()
                  if post["channel_id"] == channel_id}
         return 200, {"order": list(found)[::-1], "posts": found}
 
@@ -430,6 +491,7 @@ ROUTES = [
     ("POST", "/api/v4/channels/([a-z0-9]{26})/members", StandIn.join),
     ("GET", "/api/v4/channels/([a-z0-9]{26})/posts", StandIn.get_posts),
     ("POST", "/api/v4/posts", StandIn.create_post),
+    ("GET", "/api/v4/posts/([a-z0-9]{26})", StandIn.get_post),
     ("POST", "/api/v4/posts/ephemeral", StandIn.create_ephemeral_post),
     ("POST", "/api/v4/actions/dialogs/open", StandIn.open_dialog),
     ("POST", "/hooks/commands/([A-Za-z0-9]+)", StandIn.use_hook),
@@ -715,7 +777,7 @@ class TicketTest(Case):
         self.assertRegex(ticket_id, TICKET_ID)
         self.assertEqual(ticket_id[7:15], time.strftime("%Y%m%d", time.gmtime()))
         self.assertEqual(root["channel_id"], HELPDESK)
-        self.assertEqual(root["hashtags"], f"#{ticket_id}")
+        self.assertEqual(root["hashtags"], f"#{ticket_id} #ticket-open")
         self.assertIs(root["props"]["is_ticket"], True)
         ticket = root["props"]["ticket"]
         self.assertEqual((ticket["user_id"], ticket["user_name"]), (ALICE, "alice"))
@@ -745,7 +807,9 @@ class TicketTest(Case):
 > since nine
 
 **Network information:**
-> 10.0.0.4:443""")
+> 10.0.0.4:443
+
+**Status:** #ticket-open""")
 
     def test_200_tickets_from_20_threads_have_200_ids(self):
         for _ in range(200):
@@ -1206,6 +1270,142 @@ class SubmissionTest(Case):
         for body in ("{}", '{"type": "dialog_submission"}', '{"submission": [1], "state": true}'):
             self.assertEqual(self.post("/ticket/submit", body)[:2],
                              (200, {"error": ticket_service.FORM_INVALID}))
+
+
+# ------------------------------------------------------------------------------- the button
+
+class ButtonTest(Case):
+    """Close and reopen, in the thread itself."""
+
+    def setUp(self):
+        super().setUp()
+        self.file()
+        self.eventually(self.mattermost.replies, "the reply")
+        [self.root] = self.mattermost.roots()
+
+    def last_line(self):
+        return self.root["message"].rpartition("\n")[2]
+
+    def button(self):
+        [action] = self.root["props"]["attachments"][0]["actions"]
+        return action["name"]
+
+    def context(self):
+        return self.root["props"]["attachments"][0]["actions"][0]["integration"]["context"]
+
+    def news(self):
+        """Return what the thread was told since the ticket was made."""
+        return [reply["message"] for reply in self.mattermost.replies()[1:]]
+
+    def assert_unchanged(self, seen, sentence):
+        self.assertIn(sentence, seen)
+        self.assertEqual((self.last_line(), self.button()), ("**Status:** #ticket-open", "Close"))
+        self.assertEqual(self.news(), [])
+
+    def test_a_ticket_is_closed_reopened_and_closed_again(self):
+        message, ticket = self.root["message"], self.root["props"]["ticket"]
+        self.assertEqual((self.last_line(), self.button()), ("**Status:** #ticket-open", "Close"))
+        self.assertEqual((ticket["status"], ticket["status_by"]), ("open", "alice"))
+        news = []
+        for user, status, line, next_button in (
+                (BOB, "closed", "**Status:** #ticket-closed by @bob", "Reopen"),
+                (ALICE, "open", "**Status:** #ticket-open", "Close"),
+                (ALICE, "closed", "**Status:** #ticket-closed by @alice", "Reopen")):
+            self.assertEqual(self.mattermost.press(self.root["id"], user), "")
+            self.assertEqual((self.last_line(), self.button()), (line, next_button))
+            self.assertEqual(self.root["message"].rpartition("\n")[0], message.rpartition("\n")[0])
+            ticket = self.root["props"]["ticket"]
+            self.assertEqual((ticket["status"], ticket["status_by"]), (status, USERS[user]))
+            self.assertAlmostEqual(ticket["status_at"], time.time() * 1000, delta=60_000)
+            self.assertEqual(ticket["answers"], answers_to())
+            verb = "closed" if status == "closed" else "reopened"
+            news.append(f"@{USERS[user]} {verb} this ticket.")
+            self.eventually(lambda: self.news() == news, "the reply")
+        self.assertIn("#ticket-closed", self.root["hashtags"])
+        self.assertIs(self.root["props"]["is_ticket"], True)
+
+    def test_20_presses_at_once_make_one_change_and_one_reply(self):
+        context, seen = self.context(), []
+        in_threads(20, lambda _: seen.append(
+            self.mattermost.press(self.root["id"], context=context)))
+        self.assertEqual(sorted(seen), [""] + ["This ticket is already closed by @bob."] * 19)
+        self.eventually(self.news, "the reply")
+        self.assertEqual(self.news(), ["@bob closed this ticket."])
+
+    def test_a_late_press_of_an_old_button_changes_nothing(self):
+        old = self.context()
+        self.mattermost.press(self.root["id"])
+        self.start_service()  # which remembers nothing: the post says so
+        seen = self.mattermost.press(self.root["id"], ALICE, context=old)
+        self.assertEqual(seen, "This ticket is already closed by @bob.")
+        self.assertEqual(self.last_line(), "**Status:** #ticket-closed by @bob")
+
+    def test_a_change_that_mattermost_did_not_make_can_be_made_later(self):
+        update, self.mattermost.update_post = self.mattermost.update_post, lambda *_: None
+        self.mattermost.press(self.root["id"])
+        self.mattermost.update_post = update
+        self.assertIn("already closed", self.mattermost.press(self.root["id"]))
+        self.service.desk.press_takes = 0
+        self.assertEqual(self.mattermost.press(self.root["id"]), "")
+        self.assertEqual(self.last_line(), "**Status:** #ticket-closed by @bob")
+
+    def test_what_an_admin_edited_stays(self):
+        for edited, expected in (
+                ("**Status:** #typed\nedited\n**Status:** #ticket-open\nbelow",
+                 "**Status:** #typed\nedited\n**Status:** #ticket-closed by @bob\nbelow"),
+                ("all is gone", "all is gone\n\n**Status:** #ticket-open")):
+            self.root["message"] = edited
+            self.assertEqual(self.mattermost.press(self.root["id"]), "")
+            self.assertEqual(self.root["message"], expected)
+
+    def test_a_button_that_is_not_ours_changes_nothing(self):
+        _, _, dialog = self.mattermost.dialogs[0]
+        good = self.context()["signed"]
+        payload, _, signature = good.partition(".")
+        own = ticket_service.Seal(BOT_TOKEN)
+        ticket_id = self.root["props"]["ticket_id"]
+        for what, changes in {
+                "no context": {"context": None}, "an empty one": {"context": {}},
+                "a list": {"context": [good]}, "a number": {"context": {"signed": 7}},
+                "a state": {"context": {"signed": dialog["state"]}},
+                "cut": {"context": {"signed": good[:-1]}},
+                "unsigned": {"context": {"signed": payload}},
+                "forged": {"context": {"signed": f"{payload[:-4]}AAAA.{signature}"}},
+                "another key": {"context": {
+                    "signed": ticket_service.Seal("x").close("action", ticket_id, "closed")}},
+                "another ticket's": {"context": {
+                    "signed": own.close("action", "Ticket-20260101-0000", "closed")}},
+                "no post": {"post_id": None}, "an odd post": {"post_id": "../users/me"},
+                "an odd person": {"user_name": "bob\n@all"}}.items():
+            with self.subTest(what):
+                seen = self.mattermost.press(self.root["id"], **changes)
+                self.assert_unchanged(seen, "does not belong to a ticket of mine")
+        state = self.mattermost.submit_dialog(answers_to(), state=good)
+        self.assertEqual(state, {"error": ticket_service.FORM_INVALID})
+
+    def test_a_post_that_is_not_the_bot_s_is_not_changed(self):
+        self.root["user_id"] = ALICE
+        self.assert_unchanged(self.mattermost.press(self.root["id"]), "does not belong to a ticket")
+
+    def test_a_ticket_that_can_t_be_read_stays_as_it_is(self):
+        self.service.desk.mattermost.timeout = 0.3
+        for what, behave in ODD_ANSWERS.items():
+            with self.subTest(what):
+                self.forget_connections()
+                self.mattermost.script("GET /posts/", behave)
+                self.assert_unchanged(self.mattermost.press(self.root["id"]), "it stays as it is")
+        self.mattermost.script("GET /users/me", fails(503))
+        self.assert_unchanged(self.mattermost.press(self.root["id"]), "it stays as it is")
+        self.mattermost.channels[HELPDESK].members.discard(BOT)
+        self.assert_unchanged(self.mattermost.press(self.root["id"]), "invite me")
+
+    def test_a_failed_reply_does_not_undo_the_change(self):
+        self.service.desk.patience = 0
+        self.forget_connections()
+        self.mattermost.script("POST /posts", fails(500))
+        self.assertEqual(self.mattermost.press(self.root["id"]), "")
+        self.assert_logged("WARNING the thread was not told that user=bob")
+        self.assertEqual(self.last_line(), "**Status:** #ticket-closed by @bob")
 
 
 # ----------------------------------------------------------------------------- the HTTP edge
@@ -1669,7 +1869,8 @@ class FormTest(Case):
 **X:** `One` @first
 **X:** ``T`wo``
 **X:** `yes`
-**X:** `no`""")
+**X:** `no`
+**Status:** #ticket-open""")
         self.assertEqual(self.mattermost.roots()[0]["props"]["ticket"]["answers"],
                          {**answers, "number": "42"})
 
@@ -1679,7 +1880,7 @@ class FormTest(Case):
                 answers = {**GOOD, "number": "4.5", "must": "true", "area": empty, "tel": empty,
                            "unknown": "key"}
                 self.assertEqual(self.file(answers), {})
-                self.assertEqual(self.message().count("\n"), 7)
+                self.assertEqual(self.message().count("\n"), 8)
 
     def test_an_answer_that_breaks_a_rule_is_told_at_its_field(self):
         self.mattermost.run_command()
@@ -1732,7 +1933,7 @@ class FormTest(Case):
         self.form_file.write_text(json.dumps(form))
         self.start_service(FORM_FILE=str(self.form_file))
         self.mattermost.run_command()
-        self.assertEqual(self.mattermost.submit_dialog({"x": "x" * 16_300}), {})
+        self.assertEqual(self.mattermost.submit_dialog({"x": "x" * 16_200}), {})
         self.mattermost.run_command()
         for extra in (1000, 1):
             answer = self.mattermost.submit_dialog({"x": "\U0001f4be" * (16_500 + extra)})

@@ -11,6 +11,8 @@ The life of a ticket:
 4. When the answer has gone out, the person gets an ephemeral confirmation with the ticket's ID, and
    the bot replies in the thread, which makes the reporter follow it.
 
+Its button, which closes and reopens it, calls `POST /ticket/action`.
+
 To change the form, edit FORM or name a file in FORM_FILE. What people read is below FORM, how a
 ticket looks is in ticket_message(). `--help` lists the settings; the rest is in README.md.
 """
@@ -85,6 +87,24 @@ FORM = {
     ],
 }
 
+# What a ticket can be: its last line, the button that makes it so, the reply in the thread, and
+# what somebody reads who pressed too late. The hashtags find all tickets that are open, or closed.
+STATUS_LABEL = "**Status:**"
+STATUSES = {
+    "open": {
+        "line": f"{STATUS_LABEL} #ticket-open",
+        "button": "Reopen",
+        "reply": "@{user_name} reopened this ticket.",
+        "already": "This ticket is already reopened by @{user_name}.",
+    },
+    "closed": {
+        "line": f"{STATUS_LABEL} #ticket-closed by @{{user_name}}",
+        "button": "Close",
+        "reply": "@{user_name} closed this ticket.",
+        "already": "This ticket is already closed by @{user_name}.",
+    },
+}
+
 YES, NO = "yes", "no"
 REPLY = "Please reply in this thread: questions, news and the solution belong here."
 CHANGED = "@{user_name} submitted the form again, with other answers:"
@@ -113,6 +133,10 @@ TICKET_TOO_LONG = "The ticket is {excess} characters too long. Please shorten it
 TOO_LONG_THERE = "The ticket is too long for this Mattermost. Please shorten it and submit again."
 SLOW = "Mattermost takes very long to answer. Please wait a moment, then try again."
 OUR_FAULT = "Something went wrong in the ticket service. Please try again, or tell your admin."
+
+# After a button was pressed.
+NOT_OUR_BUTTON = "This button does not belong to a ticket of mine. Nothing was changed."
+NOT_CHANGED = "I can't read this ticket now; it stays as it is. Try again, or invite me here."
 
 # In the form, under a field.
 REQUIRED = "Please fill in this field."
@@ -474,6 +498,28 @@ class Submission:
                    read("cancelled", bool))
 
 
+@dataclass(frozen=True)
+class Press:
+    """A button, as somebody pressed it. Only `signed` proves that it is one of ours.
+
+    https://developers.mattermost.com/integrate/plugins/interactive-messages/
+    """
+
+    user_name: str
+    post_id: str
+    signed: str
+
+    @classmethod
+    def from_body(cls, body):
+        """Read the body, a JSON object; what is missing or odd counts as empty."""
+        fields = json_object(body)
+        context = fields.get("context")
+        signed = context.get("signed") if isinstance(context, dict) else ""
+        user_name, post_id = str(fields.get("user_name")), str(fields.get("post_id"))
+        return cls(user_name if USER_NAME.fullmatch(user_name) else "",
+                   post_id if ID.fullmatch(post_id) else "", str(signed))
+
+
 def text_problem(element, text):
     """Return what is wrong with the text typed into an element, if anything is."""
     least = element.get("min_length", 0)
@@ -535,6 +581,7 @@ def read_answers(elements, submission):
 JSON = json.JSONEncoder(ensure_ascii=False)
 MESSAGE_LIMIT = 16383  # characters in a post
 JOINER = "\u2060"  # invisible; Mattermost sees no mention and no image where it stands
+STATUS_LINE = re.compile(rf"^{re.escape(STATUS_LABEL)} #.*$", re.MULTILINE)
 CHANNEL_MENTION = re.compile(r"(?<![^\W_])@(?=(all|channel|here)(?![^\W_]))", re.IGNORECASE)
 
 
@@ -627,7 +674,25 @@ def answer_lines(elements, answers):
 
 def ticket_message(ticket_id, user_name, elements, answers):
     """Return the message of a ticket; the hashtag makes its ID searchable."""
-    return f"#### #{ticket_id} · @{user_name}\n{answer_lines(elements, answers)}".rstrip()
+    lines = answer_lines(elements, answers)
+    return f"#### #{ticket_id} · @{user_name}\n{lines}{STATUSES['open']['line']}"
+
+
+def with_status(message, status, user_name):
+    """Return a ticket's message with another last status line; what else was edited stays."""
+    line = STATUSES[status]["line"].format(user_name=user_name)
+    lines = list(STATUS_LINE.finditer(message))
+    if not lines:
+        return f"{message}\n\n{line}"
+    start, end = lines[-1].span()
+    return message[:start] + line + message[end:]
+
+
+def button(status, url, signed):
+    """Return the attachments of a post with a button; Mattermost shows its context to nobody."""
+    integration = {"url": url, "context": {"signed": signed}}
+    return [{"actions": [{"id": status, "name": STATUSES[status]["button"], "type": "button",
+                          "integration": integration}]}]
 
 
 def new_post(channel_id, message, pending_post_id, root_id="", **props):
@@ -638,14 +703,21 @@ def new_post(channel_id, message, pending_post_id, root_id="", **props):
         "message": message,
         "pending_post_id": pending_post_id,
         # In a post with attachments, even none, Mattermost loads no preview and no image of a link.
-        "props": {**props, "attachments": []},
+        "props": {"attachments": [], **props},
     }
+
+
+def milliseconds():
+    """Return the time as Mattermost writes it."""
+    return int(time.time() * 1000)
 
 
 def ticket_props(ticket_id, asked, nonce, answers):
     """Return the props of a ticket, for scripts and for ourselves."""
+    now = milliseconds()
     ticket = {"user_id": asked.user_id, "user_name": asked.user_name, "answers": answers,
-              "created_at": int(time.time() * 1000), "nonce": nonce}
+              "created_at": now, "nonce": nonce,
+              "status": "open", "status_by": asked.user_name, "status_at": now}
     return {"is_ticket": True, "ticket_id": ticket_id, "ticket": ticket}
 
 
@@ -953,6 +1025,10 @@ class Mattermost:
             raise MattermostError("the answer is not what Mattermost answers")
         return made
 
+    def get_post(self, post_id):
+        """Return a post: `user_id`, `message`, `props`, …; without what its buttons carry."""
+        return self.call("GET", f"/posts/{post_id}")
+
     def create_ephemeral_post(self, user_id, channel_id, message):
         """Show a message to one person; only privileged bots may."""
         post = {"channel_id": channel_id, "message": message}
@@ -1023,12 +1099,21 @@ class Dialog:
     follow_up: Callable = None  # what is left to do for the ticket, once
 
 
+@dataclass(slots=True)
+class LastPress:
+    """What the last press of a ticket's button made of it; its post may not yet say so."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    change: dict = field(default_factory=lambda: {"status_at": 0})
+
+
 class Desk:
     """What happens to a ticket, in order: from the command to the dialog, and from there on."""
 
     patience = 20  # seconds, for all tries of a post
     pause = 0.5  # seconds before the second try
     known_there = 25  # seconds; Mattermost knows a pending_post_id for 30
+    press_takes = 30  # seconds, until Mattermost has changed a post or never will
     wait_at_stop = 10  # seconds
 
     def __init__(self, settings):
@@ -1040,6 +1125,7 @@ class Desk:
         self.seal = Seal(settings.bot_token)
         self.ids = TicketIds()
         self.dialogs = Recent()
+        self.presses = Recent()
         self.good_channels = Recent()
         self.place = THE_TICKET_CHANNEL if settings.ticket_channel else THIS_CHANNEL
         self.site_url = ""
@@ -1047,7 +1133,7 @@ class Desk:
     # From the command to the dialog
 
     def on_slash_command(self, command):
-        """Open the form, and return the answer to the command."""
+        """Open the form; return the answer to the command, and None for nothing to do after it."""
         self.check_channel(self.target(command.channel_id), TYPE_AGAIN)
         asked = State(command.user_id, command.user_name, command.channel_id, int(time.time()),
                       secrets.token_urlsafe(24))
@@ -1060,7 +1146,7 @@ class Desk:
         except MattermostError as error:
             late = error.id == TRIGGER_EXPIRED
             raise Sorry(FORM_LATE if late else FORM_NOT_OPENED) from error
-        return {} if complete else given_back(FORM_TOO_SMALL, command.text)
+        return {} if complete else given_back(FORM_TOO_SMALL, command.text), None
 
     def target(self, channel_id):
         """Return the channel that gets the ticket of somebody who typed /ticket in a channel."""
@@ -1138,11 +1224,13 @@ class Desk:
         asked, channel_id = dialog.asked, self.target(dialog.asked.channel_id)
         dialog.ticket_id = dialog.ticket_id or self.ids.next()
         message = ticket_message(dialog.ticket_id, asked.user_name, self.elements, answers)
-        if len(message) > MESSAGE_LIMIT:
-            raise Sorry(TICKET_TOO_LONG.format(excess=len(message) - MESSAGE_LIMIT))
+        excess = len(with_status(message, "closed", "x" * 64)) - MESSAGE_LIMIT  # room to close it
+        if excess > 0:
+            raise Sorry(TICKET_TOO_LONG.format(excess=excess))
         # Not the nonce itself: people can read it in the state, and make a post with it first.
         nonce = self.seal.signature("ticket", asked.nonce.encode()).decode()
         props = ticket_props(dialog.ticket_id, asked, nonce, answers)
+        props["attachments"] = self.button(dialog.ticket_id, "closed")
         began = time.monotonic()
         try:
             made = None
@@ -1206,13 +1294,12 @@ class Desk:
         asked = dialog.asked
         lines = answer_lines(self.elements, answers)
         message = f"{CHANGED.format(user_name=asked.user_name)}\n{lines}".rstrip()
-        self.reply(dialog, message)
+        self.reply(self.target(asked.channel_id), dialog.post_id, message)
         dialog.posted = fingerprint(answers)
 
-    def reply(self, dialog, message):
+    def reply(self, channel_id, root_id, message):
         """Post in the thread of a ticket."""
-        post = new_post(self.target(dialog.asked.channel_id), message, secrets.token_urlsafe(24),
-                        dialog.post_id)
+        post = new_post(channel_id, message, secrets.token_urlsafe(24), root_id)
         self.create_post(post, time.monotonic() + self.patience)
 
     def why_not_filed(self, error, dialog):
@@ -1234,7 +1321,7 @@ class Desk:
         if has_reply:
             return
         try:
-            self.reply(dialog, REPLY)
+            self.reply(self.target(dialog.asked.channel_id), dialog.post_id, REPLY)
         except MattermostError as error:
             log.warning("ticket=%s has no reply: %s", dialog.ticket_id, error)
 
@@ -1262,6 +1349,61 @@ class Desk:
             except MattermostError as error:
                 log.warning("the site URL is not known: %s", error)
         return self.site_url if self.site_url.startswith("http") else self.settings.mattermost_url
+
+    # From the button to another status
+
+    def on_press(self, press):
+        """Close or reopen a ticket; return the answer to the button, and what is to be done after.
+
+        Mattermost changes the post when it has our answer. Who presses in between reads the old
+        post: so the last press is remembered for as long as that can take.
+        """
+        ticket_id, wanted = self.seal.open("action", press.signed) or ("", "")
+        if not (ticket_id and press.user_name and press.post_id):
+            raise Sorry(NOT_OUR_BUTTON)
+        last = self.presses.remember(ticket_id, LastPress())
+        with last.lock:
+            post = self.ticket_post(press.post_id, ticket_id)
+            ticket, now = post["props"]["ticket"], milliseconds()
+            if last.change["status_at"] > now - self.press_takes * 1000:
+                ticket = {**ticket, **last.change}
+            if ticket.get("status") == wanted:
+                raise Sorry(STATUSES[wanted]["already"].format(user_name=ticket["status_by"]))
+            last.change = {"status": wanted, "status_by": press.user_name, "status_at": now}
+        log.info("ticket=%s status=%s user=%s", ticket_id, wanted, press.user_name)
+        other = "open" if wanted == "closed" else "closed"
+        props = {**post["props"], "ticket": {**ticket, **last.change},
+                 "attachments": self.button(ticket_id, other)}
+        message = with_status(post["message"], wanted, press.user_name)
+        return ({"update": {"message": message, "props": props}},
+                lambda: self.tell_thread(post, wanted, press.user_name))
+
+    def button(self, ticket_id, status):
+        """Return the attachments of a ticket with the button that gives it a status."""
+        signed = self.seal.close("action", ticket_id, status)
+        return button(status, self.settings.callback_url + "/ticket/action", signed)
+
+    def ticket_post(self, post_id, ticket_id):
+        """Return the post of a ticket as it is now, if the bot has written it."""
+        try:
+            post, me = self.mattermost.get_post(post_id), self.mattermost.get_me()
+        except MattermostError as error:
+            raise Sorry(NOT_CHANGED) from error
+        props = post.get("props")
+        if not (isinstance(props, dict) and isinstance(props.get("ticket"), dict)
+                and props.get("ticket_id") == ticket_id and post.get("user_id") == me["id"]
+                and isinstance(post.get("message"), str)):
+            raise Sorry(NOT_OUR_BUTTON)
+        return post
+
+    def tell_thread(self, post, status, user_name):
+        """Tell everybody who follows a ticket what has become of it."""
+        try:
+            self.reply(post.get("channel_id"), post.get("id"),
+                       STATUSES[status]["reply"].format(user_name=user_name))
+        except MattermostError as error:
+            log.warning("the thread was not told that user=%s made a ticket %s: %s",
+                        user_name, status, error)
 
     # What an admin should know
 
@@ -1440,13 +1582,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer a slash command."""
         desk = self.server.desk
         command = SlashCommand.from_body(body, desk.settings.slash_tokens)
-        self.answer_person(lambda command: (desk.on_slash_command(command), None), command,
+        self.answer_person(desk.on_slash_command, command,
                            lambda sentence: given_back(sentence, command.text))
 
     def post_submission(self, body):
         """Answer a dialog that was submitted."""
         self.answer_person(self.server.desk.on_submission, Submission.from_body(body),
                            lambda sentence: {"error": sentence})
+
+    def post_action(self, body):
+        """Answer a button that was pressed."""
+        self.answer_person(self.server.desk.on_press, Press.from_body(body),
+                           lambda sentence: {"ephemeral_text": sentence})
 
     def answer_person(self, react, request, sorry):
         """Answer a person, whatever happens: always with 200, and before Mattermost gives up.
@@ -1513,6 +1660,7 @@ ROUTES = {
     "/health": (("GET", "HEAD"), Handler.get_health),
     "/ticket": (("POST",), Handler.post_command),
     "/ticket/submit": (("POST",), Handler.post_submission),
+    "/ticket/action": (("POST",), Handler.post_action),
 }
 
 
