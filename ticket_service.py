@@ -515,9 +515,12 @@ class Press:
         fields = json_object(body)
         context = fields.get("context")
         signed = context.get("signed") if isinstance(context, dict) else ""
-        user_name, post_id = str(fields.get("user_name")), str(fields.get("post_id"))
-        return cls(user_name if USER_NAME.fullmatch(user_name) else "",
-                   post_id if ID.fullmatch(post_id) else "", str(signed))
+
+        def read(value, pattern):
+            return value if isinstance(value, str) and pattern.fullmatch(value) else ""
+
+        return cls(read(fields.get("user_name"), USER_NAME), read(fields.get("post_id"), ID),
+                   read(signed, PRINTABLE))
 
 
 def text_problem(element, text):
@@ -854,6 +857,13 @@ def mattermost_error(status, headers, body):
     return kind(reason, status, error_id, int(seconds) if seconds.isdecimal() else None)
 
 
+def with_id(answer):
+    """Return what Mattermost answered, if it has an ID."""
+    if not ID.fullmatch(str(answer.get("id") or "")):
+        raise MattermostError("the answer is not what Mattermost answers")
+    return answer
+
+
 class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     """Opens http and https URLs on connections that are kept for the next call.
 
@@ -992,10 +1002,7 @@ class Mattermost:
 
     def get_me(self):
         """Return the bot's user: `id`, `username`, `roles`, `is_bot`, …"""
-        me = self.call("GET", "/users/me")
-        if not ID.fullmatch(str(me.get("id"))):
-            raise MattermostError("the answer is not what Mattermost answers")
-        return me
+        return with_id(self.call("GET", "/users/me"))
 
     def get_my_teams(self):
         """Return the bot's teams: `name`, …"""
@@ -1020,14 +1027,11 @@ class Mattermost:
 
     def create_post(self, post):
         """Return a post as it has been made: `id`, `props`, …"""
-        made = self.call("POST", "/posts", post)
-        if not ID.fullmatch(str(made.get("id"))):
-            raise MattermostError("the answer is not what Mattermost answers")
-        return made
+        return with_id(self.call("POST", "/posts", post))
 
     def get_post(self, post_id):
         """Return a post: `user_id`, `message`, `props`, …; without what its buttons carry."""
-        return self.call("GET", f"/posts/{post_id}")
+        return with_id(self.call("GET", f"/posts/{post_id}"))
 
     def create_ephemeral_post(self, user_id, channel_id, message):
         """Show a message to one person; only privileged bots may."""
