@@ -3,11 +3,16 @@
 
     python3 -m unittest
 
+or try the service in a browser, with this stand-in instead of a Mattermost:
+
+    python3 test_ticket_service.py --demo
+
 The stand-in answers as Mattermost 9.4 to 11.6 do, and is stricter: it complains of what Mattermost
 would let pass. A test makes it fail with script(); after each test, nothing that must not be logged
 may be in the log.
 """
 
+import argparse
 import base64
 import collections
 import contextlib
@@ -155,6 +160,11 @@ def as_seen(post):
     return post
 
 
+def is_readable(connection):
+    """Return whether there is something to read, if only the end."""
+    return bool(select.select([connection], [], [], 0)[0])
+
+
 class Channel:
     def __init__(self, name, kind="O", members=(), archived=False, team=TEAM):
         self.name, self.kind, self.members, self.team = name, kind, set(members), team
@@ -174,8 +184,8 @@ class StandIn(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, version="11.6.0", tls=None, port=0):
-        super().__init__(("127.0.0.1", port), StandInHandler)
+    def __init__(self, version="11.6.0", tls=None, port=0, handler=None):
+        super().__init__(("127.0.0.1", port), handler or StandInHandler)
         self.version, self.tls = version, tls
         self.lock = threading.RLock()
         self.service = None  # host and port of what people know as CALLBACK_URL
@@ -198,6 +208,8 @@ class StandIn(http.server.ThreadingHTTPServer):
         self.ephemeral = []  # (user, channel, text)
         self.calls = []  # "METHOD path", as the service made them
         self.bodies = []  # of these calls
+        self.wire = []  # all exchanges, in both directions: [way, call, body, answer]
+        self.failure = None  # a call or the beginning of one, and what happens to it each time
         self.scripts = collections.defaultdict(collections.deque)
         self.complaints = []
         self.connections = 0  # that were accepted
@@ -255,7 +267,10 @@ class StandIn(http.server.ThreadingHTTPServer):
                 "User-Agent": "Mattermost-Bot/1.1", "Accept": "application/json",
                 "Content-Type": content_type, "Accept-Encoding": "gzip"})
             answer = connection.getresponse()
-            return answer.status, answer.headers.get_content_type(), answer.read()
+            status, kind, text = answer.status, answer.headers.get_content_type(), answer.read()
+        self.wire.append(["Mattermost asks the service", f"POST {path}", body.decode(),
+                          f"{status} {text.decode()}"])
+        return status, kind, text
 
     def command_form(self, user, channel_id, text, **changes):
         """Return the fields of a slash command, and remember its trigger and hook."""
@@ -513,8 +528,12 @@ class StandInHandler(http.server.BaseHTTPRequestHandler):
         with stand_in.lock:
             stand_in.calls.append(call)
             stand_in.bodies.append(self.body(text))
+            self.exchange = ["the service asks Mattermost", call, stand_in.bodies[-1], "no answer"]
+            stand_in.wire.append(self.exchange)
             behave = next((script.popleft() for wanted, script in stand_in.scripts.items()
                            if script and is_call(wanted, call)), None)
+            if not behave and stand_in.failure and call.startswith(stand_in.failure[0]):
+                behave = stand_in.failure[1]
         if behave:
             behave(self, lambda: self.work(path, text))
         else:
@@ -548,6 +567,7 @@ class StandInHandler(http.server.BaseHTTPRequestHandler):
             return error_answer(*failure.args)
 
     def reply(self, status, payload, **headers):
+        self.exchange[3] = status
         plain = isinstance(payload, str)
         body = (payload if plain else json.dumps(payload)).encode()
         lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(body)}",
@@ -623,12 +643,384 @@ def closes(handler, work):
     handler.reply(*work(), Connection="close")
 
 
+# ---------------------------------------------------------------------------------- the demo
+
+# What the page's switches make of Mattermost: which calls fail, and how
+FAILURES = {
+    "well": None,
+    "down": ("", hangs_up),
+    "slow": ("", slow(6)),
+    "refusing the post": ("POST /posts", fails(400, "api.post.rejected.app_error")),
+    "losing the answer": ("POST /posts", loses_the_answer),
+}
+
+PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<title>Mattermost Ticket: demo</title>
+<link rel="icon" href="data:,">
+<style>
+body { font: 15px/1.4 sans-serif; max-width: 46rem; margin: 0 auto; padding: 1rem; color: #223; }
+header, form.say { display: flex; gap: .6rem; flex-wrap: wrap; align-items: center; }
+header { border-bottom: 1px solid #ccd; padding-bottom: .6rem; }
+.note, small { color: #667; }
+.post { margin: .8rem 0; overflow-wrap: anywhere; }
+.post.reply { margin-left: 1.5rem; border-left: 3px solid #dde; padding-left: .8rem; }
+.post.ephemeral { background: #f5f5fa; padding: .4rem .6rem; }
+.post p, .post h4 { margin: .3rem 0; }
+blockquote { margin: .3rem 0; border-left: 4px solid #ccd; padding-left: .7rem; }
+code, pre { background: #eef; padding: .1rem .25rem; border-radius: 3px; }
+pre { overflow: auto; white-space: pre-wrap; }
+.mention, .tag { color: #15c; }
+.bad { color: #b00; }
+input, textarea, select, button { font: inherit; padding: .3rem .5rem; }
+form.say input { flex: 1; }
+dialog { width: 30rem; border: 1px solid #889; border-radius: 6px; }
+dialog .field { margin: .8rem 0; }
+dialog label.name { display: block; font-weight: bold; }
+dialog input[type=text], dialog textarea, dialog select { width: 100%; box-sizing: border-box; }
+</style>
+<header>
+  <label>You are <select id="user"><option>alice<option>bob</select></label>
+  <label>in <select id="channel"></select></label>
+  <label>Mattermost is <select id="failure"></select></label>
+</header>
+<p class="note">This page is a stand-in for Mattermost; the service behind it is the real one.
+  Type <code>/ticket disk is full</code>.</p>
+<main id="posts" aria-live="polite"></main>
+<form class="say">
+  <input id="text" aria-label="Message" autocomplete="off" autofocus placeholder="/ticket">
+  <button>Send</button>
+</form>
+<p id="complaint" class="bad" role="alert"></p>
+<details><summary>What went over the wire</summary><div id="wire"></div></details>
+<dialog aria-labelledby="title"><form novalidate></form></dialog>
+<script>
+"use strict";
+const $ = selector => document.querySelector(selector);
+let state = null, opened = 0, wanted = location.pathname.split("/").pop();
+
+const escape = text => text.replace(/[&<>"]/g, mark => `&#${mark.charCodeAt(0)};`);
+
+function inline(text) {
+  const kept = [];
+  const keep = html => `\u0001${kept.push(html) - 1}\u0002`;
+  const restore = html => html.replace(/\u0001(\d+)\u0002/g, (_, index) => restore(kept[index]));
+  const link = (url, label) => keep(`<a href="${url}">${label}</a>`);
+  return restore(escape(text)
+    .replace(/(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)/g, (_, ticks, code) =>
+      keep(`<code>${code.trim()}</code>`))
+    .replace(/\[([^\]]*)\]\((https?:\/\/[^\s)]+)\)/g, (_, label, url) => link(url, label))
+    .replace(/https?:\/\/[^\s<\u0001]+/g, url => link(url, url))
+    .replace(/\*\*(.+?)\*\*/g, "<b>$1</b>")
+    .replace(/(^|\s)(#[A-Za-z][\w-]*)/g, '$1<span class="tag">$2</span>')
+    .replace(/(^|[^\w@])(@\w[\w.-]*)/g, '$1<span class="mention">$2</span>'));
+}
+
+// As Mattermost shows it, as far as a ticket needs that: each block takes its lines.
+function markdown(text) {
+  const lines = text.split("\n");
+  const take = pattern => {
+    const taken = [];
+    while (lines.length && pattern.test(lines[0])) taken.push(lines.shift());
+    return taken;
+  };
+  let html = "";
+  while (lines.length) {
+    const fence = /^(`{3,})[^`]*$/.exec(lines[0]);
+    if (fence) {
+      lines.shift();
+      const end = lines.findIndex(line => line.startsWith(fence[1]));
+      const code = lines.splice(0, end < 0 ? lines.length : end + 1);
+      html += `<pre>${escape(code.slice(0, end < 0 ? undefined : -1).join("\n"))}</pre>`;
+    } else if (/^>/.test(lines[0])) {
+      html += `<blockquote>${markdown(take(/^>/).map(line => line.replace(/^> ?/, "")).join("\n"))}
+        </blockquote>`;
+    } else if (/^#{1,6} /.test(lines[0])) {
+      html += `<h4>${inline(lines.shift().replace(/^#+ /, ""))}</h4>`;
+    } else if (/^([-*]|\d+\.) /.test(lines[0])) {
+      const items = take(/^([-*]|\d+\.) /).map(line => line.replace(/^\S+ /, ""));
+      html += `<ul>${items.map(item => `<li>${inline(item)}</li>`).join("")}</ul>`;
+    } else if (!lines[0].trim()) {
+      lines.shift();
+    } else {
+      const paragraph = [lines.shift(), ...take(/^(?!>|`{3}|#{1,6} |([-*]|\d+\.) )(?=.*\S)/)];
+      html += `<p>${paragraph.map(inline).join("<br>")}</p>`;
+    }
+  }
+  return html;
+}
+
+async function ask(what, body) {
+  const answer = await fetch(`/demo/${what}`, {method: "POST", body: JSON.stringify(
+    {user: $("#user").value, channel: $("#channel").value, ...body})});
+  return answer.json();
+}
+
+function showPosts() {
+  const here = state.posts.filter(post => post.channel === $("#channel").value
+    && (!post.only || post.only === $("#user").value));
+  $("#posts").innerHTML = here.map(post => `
+    <article id="${post.id}" class="post ${post.root ? "reply" : ""} ${post.only && "ephemeral"}">
+      <b>${post.author}</b> ${post.only ? "<small>(Only visible to you)</small>" : ""}
+      ${markdown(post.message)}
+      ${post.buttons.map(name => `<button data-post="${post.id}">${name}</button>`).join("")}
+    </article>`).join("");
+  $("#wire").innerHTML = state.wire.map(([way, call, body, answer]) => `
+    <p><b>${way}:</b> <code>${escape(call)}</code></p>
+    <pre>${escape(body)}\n→ ${escape(answer)}</pre>`).join("");
+}
+
+function field(element, index) {
+  const id = `field-${index}`, text = key => escape(element[key] || "");
+  const common = `id="${id}" name="${text("name")}" placeholder="${text("placeholder")}"
+    aria-describedby="${id}-help"`;
+  const most = element.max_length || (element.type === "textarea" ? 3000 : 150);
+  const chosen = (value, word) => element.default === value ? word : "";
+  const options = (element.options || []).map(({text, value}) => [escape(text), escape(value)]);
+  const input = {
+    text: () => `<input type="text" ${common} maxlength="${most}" value="${text("default")}">`,
+    textarea: () => `<textarea ${common} rows="4" maxlength="${most}">
+${text("default")}</textarea>`,
+    bool: () => `<label><input type="checkbox" ${common} ${chosen("true", "checked")}>
+      ${text("placeholder")}</label>`,
+    select: () => `<select ${common}><option value="">${options.map(([label, value]) =>
+      `<option value="${value}" ${chosen(value, "selected")}>${label}`).join("")}</select>`,
+    radio: () => options.map(([label, value], number) => `<label><input type="radio"
+      ${number ? "" : `id="${id}"`} name="${text("name")}" value="${value}"
+      ${chosen(value, "checked")}> ${label}</label>`).join(" "),
+  }[element.type]();
+  return `<div class="field">
+    <label class="name" for="${id}">${text("display_name")}${element.optional
+      ? " <small>(optional)</small>" : ' <span class="bad">*</span>'}</label>
+    ${input}<small id="${id}-help">${text("help_text")}</small>
+    <div class="bad" role="alert" data-error="${text("name")}"></div></div>`;
+}
+
+function showDialog({title, introduction_text, elements, submit_label}) {
+  $("dialog form").innerHTML = `<h3 id="title">${escape(title)}</h3>
+    ${markdown(introduction_text || "")}${elements.map(field).join("")}
+    <p class="bad" role="alert" id="error"></p>
+    <button>${escape(submit_label || "Submit")}</button>
+    <button type="button" id="cancel">Cancel</button>`;
+  $("dialog").showModal();
+  $("dialog input, dialog select, dialog textarea").focus();
+}
+
+function answers() {
+  return Object.fromEntries(state.dialog.elements.map(({name, type, subtype}) => {
+    const inputs = [...$("dialog form").elements].filter(input => input.name === name);
+    if (type === "bool") return [name, inputs[0].checked];
+    if (type === "radio") return [name, (inputs.find(input => input.checked) || {value: ""}).value];
+    const value = inputs[0].value;
+    return [name, subtype === "number" && value && !isNaN(value) ? Number(value) : value];
+  }));
+}
+
+$("dialog form").onsubmit = async event => {
+  event.preventDefault();
+  const {error, errors} = await ask("submit", {number: state.number, answers: answers()});
+  if (!error && !errors) return $("dialog").close();
+  $("#error").textContent = error || "";
+  for (const place of document.querySelectorAll("[data-error]"))
+    place.textContent = (errors || {})[place.dataset.error] || "";
+};
+$("dialog").onclick = event => event.target.id === "cancel" && $("dialog").close();
+$("dialog").onclose = () => $("#text").focus();
+$("form.say").onsubmit = async event => {
+  event.preventDefault();
+  const text = $("#text").value;
+  if (!text.trim()) return;
+  const {complaint} = await ask("say", {text});
+  $("#complaint").textContent = complaint;
+  if (!complaint) $("#text").value = "";
+};
+$("#posts").onclick = event => event.target.dataset.post
+  && ask("press", {post: event.target.dataset.post});
+$("#failure").onchange = () => ask("fail", {failure: $("#failure").value});
+$("#channel").onchange = showPosts;
+$("#user").onchange = connect;
+
+let stream = null;
+function connect() {
+  if (stream) stream.close();
+  opened = null;
+  stream = new EventSource(`/demo/events?${$("#user").value}`);
+  stream.onmessage = event => {
+    state = JSON.parse(event.data);
+    if (!$("#channel").options.length) {
+      $("#channel").innerHTML = state.channels.map(([id, name]) =>
+        `<option value="${id}">${name}`).join("");
+      $("#failure").innerHTML = state.failures.map(name => `<option>${name}`).join("");
+      const linked = state.posts.find(post => post.id === wanted);
+      if (linked) $("#channel").value = linked.channel;
+    }
+    $("#failure").value = state.failure;
+    showPosts();
+    if (opened === null) opened = state.number;
+    if (state.number > opened) { opened = state.number; showDialog(state.dialog); }
+    (document.getElementById(wanted) || $("form.say")).scrollIntoView({block: "nearest"});
+  };
+}
+connect();
+</script>
+"""
+
+
+class DemoHandler(StandInHandler):
+    """The page, and what it asks: a thin layer on what the clients of the stand-in do."""
+
+    def respond(self):
+        path, _, query = self.path.partition("?")
+        if self.command == "GET" and (path == "/" or path.startswith("/_redirect/pl/")):
+            page = PAGE.encode()
+            self.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n%s"
+                       % (len(page), page))
+        elif path == "/demo/events":
+            self.send_events(next(id for id, name in USERS.items() if name == query))
+        elif path.startswith("/demo/"):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            user = next(id for id, name in USERS.items() if name == body["user"])
+            self.exchange = [None] * 4  # the page's own are not shown
+            self.reply(200, PAGE_ASKS[path](self.server, user, body))
+        else:
+            super().respond()
+
+    do_GET = do_POST = respond
+
+    def send_events(self, user):
+        """Send what a person sees, whenever it changes, until the page is closed."""
+        self.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+                   b"Connection: close\r\n\r\n")
+        shown = ""
+        with contextlib.suppress(OSError):
+            while not is_readable(self.connection):
+                now = json.dumps(self.server.seen_by(user))
+                if now != shown:
+                    self.wfile.write(f"data: {now}\n\n".encode())
+                    shown = now
+                time.sleep(0.1)
+
+
+class Demo(StandIn):
+    """A stand-in with a page, where four kinds of channels and of failures can be tried."""
+
+    def __init__(self, port=0):
+        super().__init__(port=port, handler=DemoHandler)
+        self.failing = "well"
+        self.told_at = []  # when each ephemeral text came, in milliseconds
+
+    def seen_by(self, user):
+        """Return all that the page shows to a person."""
+        with self.lock:
+            while len(self.told_at) < len(self.ephemeral):
+                self.told_at.append(time.time_ns() // 10**6)
+            posts = [{
+                "id": post["id"], "channel": post["channel_id"], "author": USERS[post["user_id"]],
+                "root": post["root_id"], "message": post["message"], "only": "",
+                "buttons": [action["name"] for attachment in post["props"].get("attachments", ())
+                            for action in attachment["actions"]],
+                "at": self.posts[post["root_id"] or post["id"]]["create_at"],
+            } for post in self.posts.values()]
+            posts += [{"id": f"ephemeral{number}", "channel": channel, "author": USERS[to],
+                       "root": "", "message": text, "only": USERS[to], "buttons": [], "at": at}
+                      for number, (to, channel, text) in enumerate(self.ephemeral)
+                      for at in [self.told_at[number]]]
+            numbers = [number for number, (to, *_) in enumerate(self.dialogs, 1) if to == user]
+            number = max(numbers, default=0)
+            wire = [[way, call, body if isinstance(body, str) else json.dumps(body), str(answer)]
+                    for way, call, body, answer in self.wire[-50:]]
+            return {
+                "posts": sorted(posts, key=lambda post: post["at"]),
+                "channels": [(id, f"{channel.name}: {CHANNELS_OF_THE_PAGE[id]}")
+                             for id, channel in self.channels.items()
+                             if id in CHANNELS_OF_THE_PAGE],
+                "number": number, "dialog": self.dialogs[number - 1][2] if number else None,
+                "failure": self.failing, "failures": list(FAILURES),
+                "wire": json.loads(json.dumps(wire).replace(SLASH_TOKEN, "\u2022\u2022\u2022")),
+            }
+
+    def on_say(self, user, body):
+        """Do what a person typed: a command, or a message to everybody."""
+        text, channel_id = body["text"].strip(), body["channel"]
+        word, _, rest = text.partition(" ")
+        complaint = ""
+        if word == "/ticket":
+            answer = self.run_command(rest.strip(), user, channel_id)
+            complaint = answer if answer.startswith("Command with") else ""
+        elif word == "/invite":
+            complaint = self.invite(rest.strip(), channel_id)
+        elif word.startswith("/"):
+            complaint = f"Command with a trigger of '{word}' not found."
+        else:
+            with self.lock:
+                now = time.time_ns() // 10**6
+                post = {"id": new_id(), "create_at": now, "user_id": user, "root_id": "",
+                        "channel_id": channel_id, "message": text, "props": {}}
+                self.posts[post["id"]] = post
+        return {"complaint": complaint}
+
+    def invite(self, name, channel_id):
+        """Make the bot a member of a channel; return what is wrong with that."""
+        channel = self.channels[channel_id]
+        if name != "@ticket-bot" or channel.kind == "D":
+            return "Nobody of this name can be invited here."
+        channel.members.add(BOT)
+        return ""
+
+    def on_submit(self, user, body):
+        """Submit a dialog; return what the client is told."""
+        return self.submit_dialog(body["answers"], body["number"] - 1, user, body["channel"])
+
+    def on_press(self, user, body):
+        """Press the button of a post."""
+        if seen := self.press(body["post"], user):
+            self.ephemeral.append((user, body["channel"], seen))
+        return {}
+
+    def on_fail(self, _, body):
+        """Let Mattermost fail from now on, or be well."""
+        self.failing = body["failure"]
+        self.failure = FAILURES[self.failing]
+        return {}
+
+
+CHANNELS_OF_THE_PAGE = {
+    HELPDESK: "the bot is in", QUIET: "public, the bot is not in",
+    SECRET: "private, the bot is not in", DIRECT: "a direct message"}
+PAGE_ASKS = {"/demo/say": Demo.on_say, "/demo/submit": Demo.on_submit,
+             "/demo/press": Demo.on_press, "/demo/fail": Demo.on_fail}
+
+
+def run_demo(port):
+    """Run the stand-in with its page, and the service, until Ctrl-C; return the exit status."""
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        stand_in = Demo(port)
+    except OSError as error:
+        print(f"Port {port} can't be used ({error.strerror}), so another is.")
+        stand_in = Demo()
+    try:
+        settings = ticket_service.Settings.from_environment({
+            "MATTERMOST_URL": stand_in.url, "BOT_TOKEN": BOT_TOKEN, "SLASH_TOKEN": SLASH_TOKEN,
+            "CALLBACK_URL": CALLBACK_URL, "PORT": "0",
+            "FORM_FILE": os.environ.get("FORM_FILE", "")})
+    except ticket_service.SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    service = ticket_service.Server(ticket_service.Desk(settings), settings.port)
+    stand_in.service = ("127.0.0.1", service.server_port)
+    for server in (stand_in, service):
+        threading.Thread(target=server.serve_forever, args=(0.1,)).start()
+    print(f"Open {stand_in.url}/ in a browser. Ctrl-C ends it.", flush=True)
+    signal.sigwait(signals)
+    service.stop()
+    stand_in.shutdown()
+    return 0
+
+
 # -------------------------------------------------------------------------------- the base case
-
-def is_readable(connection):
-    """Return whether there is something to read, if only the end."""
-    return bool(select.select([connection], [], [], 0)[0])
-
 
 def in_threads(number, work):
     """Run work(0), work(1), … at the same time; raise what one of them raised."""
@@ -2252,5 +2644,168 @@ class ProcessTest(Case):
         self.assertEqual(len(ids), 24)
 
 
+# ---------------------------------------------------------------------------------- the demo
+
+class DemoTest(Case):
+    """The page's own endpoints."""
+
+    def start_stand_in(self, **_):
+        demo = Demo()
+        thread = threading.Thread(target=demo.serve_forever, args=(0.02,))
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(demo.server_close)
+        self.addCleanup(demo.shutdown)
+        return demo
+
+    def ask(self, what, user="alice", channel=HELPDESK, **body):
+        connection = http.client.HTTPConnection("127.0.0.1", self.mattermost.server_port)
+        with contextlib.closing(connection):
+            body = json.dumps({"user": user, "channel": channel, **body})
+            connection.request("POST", f"/demo/{what}", body)
+            return json.loads(connection.getresponse().read())
+
+    @contextlib.contextmanager
+    def events(self, user="alice"):
+        """Open the event stream; yield what waits for the next state that fits a condition."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.mattermost.server_port, timeout=5)
+        with contextlib.closing(connection):
+            connection.request("GET", f"/demo/events?{user}")
+            stream = connection.getresponse()
+
+            def wait_for(condition):
+                while line := stream.readline():
+                    if line.startswith(b"data: ") and condition(state := json.loads(line[6:])):
+                        return state
+                self.fail("the stream has ended")
+
+            with stream:
+                yield wait_for
+
+    def test_the_page_says_what_it_is_and_loads_nothing_else(self):
+        for path in ("/", "/_redirect/pl/" + new_id()):
+            connection = http.client.HTTPConnection("127.0.0.1", self.mattermost.server_port)
+            with contextlib.closing(connection):
+                connection.request("GET", path)
+                page = connection.getresponse().read().decode()
+            self.assertIn("stand-in for Mattermost", page)
+            self.assertNotRegex(page, "(src|href)=.https?:")
+
+    def test_a_ticket_is_filed_closed_and_seen_by_others(self):
+        with self.events() as alice, self.events("bob") as bob:
+            self.assertEqual(self.ask("say", text="/ticket disk is full"), {"complaint": ""})
+            state = alice(lambda state: state["dialog"])
+            defaults = [element.get("default") for element in state["dialog"]["elements"]]
+            self.assertIn("disk is full", defaults)
+            number = state["number"]
+            self.assertIn("errors", self.ask("submit", number=number, answers={}))
+            self.assertEqual(self.ask("submit", number=number, answers=answers_to()), {})
+            state = alice(lambda state: len(state["posts"]) == 3)
+            root, reply, confirmation = state["posts"]
+            self.assertEqual((root["buttons"], reply["root"]), (["Close"], root["id"]))
+            self.assertEqual(confirmation["only"], "alice")
+            self.assertNotIn(SLASH_TOKEN, json.dumps(state["wire"]))
+            self.ask("press", user="bob", post=root["id"])
+            state = bob(lambda state: len(state["posts"]) == 4)
+            self.assertEqual(state["posts"][0]["buttons"], ["Reopen"])
+            self.assertIsNone(state["dialog"])
+
+    def test_a_private_channel_asks_for_an_invitation_and_gets_it(self):
+        self.ask("say", channel=SECRET, text="/ticket")
+        self.assertIn("/invite @ticket-bot", self.mattermost.ephemeral[0][2])
+        self.assertEqual(self.ask("say", channel=SECRET, text="/invite @ticket-bot"),
+                         {"complaint": ""})
+        self.ask("say", channel=SECRET, text="/ticket")
+        self.assertEqual(len(self.mattermost.dialogs), 1)
+        self.assertIn("not found", self.ask("say", text="/nothing")["complaint"])
+        self.assertIn("can be invited", self.ask("say", text="/invite @x")["complaint"])
+        self.ask("say", text="good morning")
+        self.assertEqual([post["message"] for post in self.mattermost.posts.values()],
+                         ["good morning"])
+
+    def test_each_failure_keeps_the_dialog_open_and_ends_with_its_switch(self):
+        self.service.desk.patience, self.service.desk.mattermost.timeout = 0, 0.2
+        for failure in FAILURES:
+            with self.subTest(failure):
+                self.ask("say", text="/ticket")
+                number, before = len(self.mattermost.dialogs), len(self.mattermost.roots())
+                self.forget_connections()
+                self.ask("fail", failure=failure)
+                answer = self.ask("submit", number=number, answers=answers_to())
+                self.ask("fail", failure="well")
+                self.assertEqual(list(answer), [] if failure == "well" else ["error"])
+                answer = self.ask("submit", number=number, answers=answers_to())
+                self.assertEqual(answer, {})
+                self.assertEqual(len(self.mattermost.roots()), before + 1)
+
+    def test_the_command_takes_another_port_and_says_what_is_wrong_with_a_form(self):
+        command = [sys.executable, HERE / "test_ticket_service.py", "--demo", "--port",
+                   str(self.service.server_port)]
+        demo = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.addCleanup(demo.stdout.close)
+        self.addCleanup(demo.wait)
+        self.addCleanup(demo.kill)
+        self.assertIn("can't be used", demo.stdout.readline())
+        self.assertRegex(demo.stdout.readline(), r"Open http://127\.0\.0\.1:\d+/ in a browser")
+        demo.send_signal(signal.SIGINT)
+        self.assertEqual(demo.wait(5), 0)
+        done = subprocess.run(command, env={**os.environ, "FORM_FILE": "/nowhere"}, timeout=20,
+                              capture_output=True, text=True)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("FORM_FILE can't be read", done.stderr)
+
+
+# ------------------------------------------------------------------------- the files beside it
+
+class FilesTest(unittest.TestCase):
+    """What README, Containerfile and unit say of the program is so."""
+
+    unit = (HERE / "ticket-service.container").read_text(encoding="utf-8")
+    containerfile = (HERE / "Containerfile").read_text(encoding="utf-8")
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+
+    def test_the_unit_sets_what_the_program_needs_and_knows(self):
+        names = re.findall(r"(?m)^#?Environment=(\w+)=", self.unit)
+        names += re.findall(r"(?m)^Secret=.*,target=(\w+)", self.unit)
+        self.assertLessEqual(set(names), set(ticket_service.VARIABLES))
+        self.assertLessEqual(set(SettingsTest.required), set(names))
+
+    def test_the_containerfile_sets_only_what_python_knows(self):
+        self.assertEqual(set(re.findall(r"(\w+)=1", self.containerfile)),
+                         {"PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"})
+        self.assertEqual(re.findall(r"(?m)^COPY .*? (\S+) /app/", self.containerfile),
+                         ["ticket_service.py"])
+
+    def test_the_port_is_the_same_everywhere(self):
+        self.assertEqual(SettingsTest().read().port, 8080)
+        self.assertIn("PublishPort=8080:8080\n", self.unit)
+        self.assertIn("EXPOSE 8080\n", self.containerfile)
+        self.assertIn("| `PORT` | `8080` |", self.readme)
+
+    def test_the_health_command_is_one_that_exists(self):
+        for command in re.findall(r"(?m)^Health(?:Startup)?Cmd=(.*)", self.unit):
+            python, path, option = json.loads(command)
+            self.assertEqual(json.dumps([python, path]), re.search(
+                r"(?m)^ENTRYPOINT (.*)", self.containerfile)[1])
+            self.assertEqual(option, "--health")
+
+    def test_the_readme_lists_every_setting(self):
+        for name in ticket_service.VARIABLES:
+            self.assertIn(f"\n| `{name}` |", self.readme)
+
+    def test_the_readme_runs_what_exists(self):
+        scripts = re.findall(r"python3 (\w+\.py)", self.readme)
+        self.assertEqual(set(scripts), {"ticket_service.py", "test_ticket_service.py"})
+        self.assertIn("python3 -m unittest\n", self.readme)
+        secrets_made = set(re.findall(r"podman secret create ([\w-]+)", self.readme))
+        self.assertLessEqual(set(re.findall(r"(?m)^#?Secret=([\w-]+)", self.unit)), secrets_made)
+
+
 if __name__ == "__main__":
-    unittest.main()
+    parser = argparse.ArgumentParser(description="Tests and demo of ticket_service.py.")
+    parser.add_argument("--demo", action="store_true", help="try it in a browser")
+    parser.add_argument("--port", type=int, default=8065, help="of the demo's page; default 8065")
+    options, rest = parser.parse_known_args()
+    if options.demo:
+        sys.exit(run_demo(options.port))
+    unittest.main(argv=[sys.argv[0], *rest])
