@@ -825,7 +825,7 @@ $("dialog form").onsubmit = async event => {
   for (const place of document.querySelectorAll("[data-error]"))
     place.textContent = (errors || {})[place.dataset.error] || "";
 };
-$("dialog").onclick = event => event.target.id === "cancel" && $("dialog").close();
+$("dialog").onclick = event => { if (event.target.id === "cancel") $("dialog").close(); };
 $("dialog").onclose = () => $("#text").focus();
 $("form.say").onsubmit = async event => {
   event.preventDefault();
@@ -835,8 +835,9 @@ $("form.say").onsubmit = async event => {
   $("#complaint").textContent = complaint;
   if (!complaint) $("#text").value = "";
 };
-$("#posts").onclick = event => event.target.dataset.post
-  && ask("press", {post: event.target.dataset.post});
+$("#posts").onclick = event => {
+  if (event.target.dataset.post) ask("press", {post: event.target.dataset.post});
+};
 $("#failure").onchange = () => ask("fail", {failure: $("#failure").value});
 $("#channel").onchange = showPosts;
 $("#user").onchange = connect;
