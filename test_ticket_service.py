@@ -2033,6 +2033,16 @@ class EdgeTest(Case):
         self.assert_answer(self.exchange(get()), 200)
         self.assertEqual(self.log.lines, [])
 
+    def test_silent_connections_take_no_threads_and_the_oldest_gives_way(self):
+        self.service.most_silent = 20
+        silent = [self.connect() for _ in range(30)]
+        self.eventually(lambda: sum(map(is_readable, silent)) == 10, "hanging up")
+        self.assertTrue(all(is_readable(connection) for connection in silent[:10]))
+        self.assert_answer(self.exchange(get()), 200)
+        self.assertLessEqual(self.service.threads, 2)
+        silent[-1].sendall(get())
+        self.assert_answer(self.read_all(silent[-1]), 200)
+
     def test_when_all_threads_are_taken_the_oldest_unfinished_request_gives_way(self):
         self.service.most_threads = 5
         half = []
@@ -2053,6 +2063,29 @@ class EdgeTest(Case):
         self.mattermost.script("POST /posts", *[slow(0.2)] * 4)
         in_threads(4, lambda number: self.assertEqual(
             self.mattermost.submit_dialog(answers_to(), number), {}))
+
+    def test_a_health_check_is_answered_even_if_all_threads_wait_for_mattermost(self):
+        self.service.most_threads = 1
+        self.mattermost.script("POST /actions/", slow(0.5))
+        waiting = threading.Thread(target=self.mattermost.run_command)
+        waiting.start()
+        self.eventually(lambda: self.mattermost.made("POST /actions/dialogs/open"), "the call")
+        for raw in (get(), get(b"HEAD /health?x HTTP/1.1"), get(b"GET /health HTTP/1.0", b"")):
+            self.assertIn(b"HTTP/1.1 200 OK", self.exchange(raw))
+        self.assertTrue(waiting.is_alive())
+        waiting.join()
+
+    def test_no_health_check_can_block_the_server(self):
+        half = [self.connect() for _ in range(3)]
+        half[0].sendall(get()[:-2])
+        half[1].sendall(get(headers=HOST + b"content-Length: 5\r\n") + b"1234")
+        half[2].sendall(get(headers=HOST + b"Transfer-Encoding: chunked\r\n") + b"5\r\n")
+        self.assert_answer(self.exchange(get()), 200)
+        self.assert_answer(self.read_all(half[2]), 501)
+        half[0].sendall(b"\r\n")
+        half[1].sendall(b"5")
+        for connection in half[:2]:
+            self.assert_answer(self.read_all(connection), 200)
 
     def test_300_connections_at_once_are_answered(self):
         in_threads(300, lambda _: self.assert_answer(self.exchange(get()), 200))

@@ -36,6 +36,7 @@ import re
 import resource
 import secrets
 import select
+import selectors
 import signal
 import socket
 import socketserver
@@ -1469,6 +1470,8 @@ BODY_LIMIT = 256 * 1024  # bytes; 16,383 characters are up to 196 KB in a form
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (/[!-~]*) (HTTP/1\.[01])\r\n")
 HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)\r\n")
 HOST = re.compile(rb"[\w.~:\[\]-]+")
+HEALTH_CHECK = re.compile(  # without a body
+    rb"(?:GET|HEAD) /health[ ?][^\r\n]*\r\n(?:(?!(?i:content-length))[^\r\n]+\r\n)*\r\n")
 ONLY_ONCE = (b"host", b"content-length", b"content-type", b"authorization", b"expect")
 
 
@@ -1671,7 +1674,8 @@ ROUTES = {
 class Server(http.server.ThreadingHTTPServer):
     """ThreadingHTTPServer, with threads that are used again and clients that are not trusted.
 
-    A thread reads a request (`reading`), and works for the answer of a person (`unanswered`).
+    A connection waits for its first byte without a thread (`silent`), then a thread reads its
+    request (`reading`) and works for the answer (`unanswered`). Each of these has its limit.
     """
 
     address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
@@ -1686,12 +1690,14 @@ class Server(http.server.ThreadingHTTPServer):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         files = limit if limit != resource.RLIM_INFINITY else 2**20
         self.most_threads = min(512, files // 4)  # each may open a connection to Mattermost as well
+        self.most_silent = min(4096, files // 3)
         self.desk = desk
-        self.reading = {}  # connection: when a thread began to read it, the oldest first
-        self.unanswered = {}  # connection: since when, and what answers it if that is too long
+        self.silent, self.reading, self.unanswered = {}, {}, {}
         self.jobs, self.lock = queue.SimpleQueue(), threading.Lock()
         self.threads = 0
         self.idle = 0  # threads that wait for a job, less jobs that wait for a thread
+        self.next_look = 0.0
+        self.arrivals = selectors.DefaultSelector()
         super().__init__(("", port), Handler)
 
     def server_bind(self):
@@ -1701,24 +1707,91 @@ class Server(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_port = self.server_address[1]
 
+    def server_activate(self):
+        """Listen, and let `arrivals` tell of new connections as well as of first bytes."""
+        super().server_activate()
+        self.socket.setblocking(False)
+        self.arrivals.register(self.socket, selectors.EVENT_READ)
+
+    def fileno(self):
+        """Return what serve_forever() waits for."""
+        return self.arrivals.fileno()
+
     def get_request(self):
         """Accept a connection; if that fails for want of files, do not ask again at once."""
         try:
             return super().get_request()
-        except OSError as error:
-            if not isinstance(error, BlockingIOError):
-                time.sleep(0.05)
+        except BlockingIOError:  # not a new connection, but the first byte of an older one
+            raise
+        except OSError:
+            time.sleep(0.05)
             raise
 
-    def process_request(self, request, client_address):
-        """Let a thread handle a connection: an idle one, a new one, or the next that is done."""
+    def process_request(self, request, client_address, waited=0):
+        """Answer a health check, let a thread read any other request, and let silence wait.
+
+        A health check that is all here can't block, and needs no thread: it is answered even if
+        all of them wait for Mattermost.
+        """
+        begin = b""
+        with contextlib.suppress(ConnectionError):
+            try:
+                begin = request.recv(HEAD_LIMIT, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                self.let_wait(request, client_address, waited)
+                return
+        if HEALTH_CHECK.fullmatch(begin):
+            self.process_request_thread(request, client_address)
+        else:
+            self.hand_over(request, client_address, waited)
+
+    def let_wait(self, request, client_address, waited):
+        """Let a connection wait for its first byte; if too many do, the oldest gives way."""
+        if len(self.silent) >= self.most_silent:
+            self.hang_up(next(iter(self.silent)))
+        self.silent[request] = time.monotonic() - waited
+        self.arrivals.register(request, selectors.EVENT_READ, client_address)
+
+    def service_actions(self):
+        """Hand over who has begun to speak; cut off who is too slow; answer where we are."""
+        for key, _ in self.arrivals.select(0) if self.silent else ():
+            if key.fileobj is not self.socket:
+                self.arrivals.unregister(key.fileobj)
+                waited = time.monotonic() - self.silent.pop(key.fileobj)
+                self.process_request(key.fileobj, key.data, waited)
+        now = time.monotonic()
+        if self.idle < 0:  # the oldest requests give their threads to the connections that wait
+            for connection, since in list(self.reading.items())[:-self.idle]:
+                if now - since > self.hurry:
+                    self.hang_up(connection)
+        if now < self.next_look:
+            return
+        self.next_look = now + 0.25
+        for connection, since in [*self.silent.items(), *self.reading.items()]:
+            if now - since > self.deadline:
+                self.hang_up(connection)
+        for connection, (since, answer_late) in list(self.unanswered.items()):
+            if now - since > self.answer_within and self.unanswered.pop(connection, None):
+                answer_late()
+
+    def hang_up(self, connection):
+        """End a connection whose request has not arrived; a thread that reads sees the end."""
+        if self.silent.pop(connection, None):
+            self.arrivals.unregister(connection)
+            self.close_request(connection)
+        elif self.reading.pop(connection, None):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def hand_over(self, request, client_address, waited):
+        """Let a thread read a request: an idle one, a new one, or the next that is done."""
         with self.lock:
             self.idle -= 1
             new = self.idle < 0 and self.threads < self.most_threads
             if new:
                 self.idle += 1
                 self.threads += 1
-        self.jobs.put((request, client_address))
+        self.jobs.put((request, client_address, waited))
         if new:
             try:
                 threading.Thread(target=self.work, daemon=True).start()
@@ -1728,36 +1801,13 @@ class Server(http.server.ThreadingHTTPServer):
                     self.threads -= 1
 
     def work(self):
-        """Handle one connection after the other, until the job is None."""
+        """Answer one request after the other, until the job is None."""
         while job := self.jobs.get():
-            request, client_address = job
-            self.reading[request] = time.monotonic()
+            request, client_address, waited = job
+            self.reading[request] = time.monotonic() - waited
             self.process_request_thread(request, client_address)
             with self.lock:
                 self.idle += 1
-
-    def service_actions(self):
-        """Cut off who is too slow, and answer in time; called for each connection and each poll."""
-        now = time.monotonic()
-        if self.idle < 0:  # the oldest requests give their threads to the connections that wait
-            for connection, since in list(self.reading.items())[:-self.idle]:
-                if now - since > self.hurry:
-                    self.hang_up(connection)
-        for connection, since in list(self.reading.items()):
-            if now - since <= self.deadline:
-                break
-            self.hang_up(connection)
-        for connection, (since, answer_late) in list(self.unanswered.items()):
-            if now - since <= self.answer_within:
-                break
-            if self.unanswered.pop(connection, None):
-                answer_late()
-
-    def hang_up(self, connection):
-        """End a connection whose request has not arrived; the thread that reads it sees the end."""
-        if self.reading.pop(connection, None):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
 
     def shutdown_request(self, request):
         """Close a connection; if its client may still be sending, let it see the answer first.
@@ -1784,18 +1834,19 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown()
         self.deadline = 1  # for requests that are on their way
         ends = time.monotonic() + self.stop_within
-        self.socket.setblocking(False)
+        self.arrivals.unregister(self.socket)
         with contextlib.suppress(OSError):  # until nobody waits to be accepted
             for _ in range(self.request_queue_size):
                 self.process_request(*self.get_request())
         self.socket.close()  # at once: who connects in between is not answered
-        while self.busy() and time.monotonic() < ends:
+        while (self.silent or self.busy()) and time.monotonic() < ends:
+            self.arrivals.select(0.02)
             self.service_actions()
-            time.sleep(0.02)
         if self.busy():
             log.warning("stopping, although %d requests are not finished", self.threads - self.idle)
         for _ in range(self.threads):
             self.jobs.put(None)
+        self.arrivals.close()
 
     def busy(self):
         """Return whether a thread works, or work waits for a thread."""
