@@ -1083,7 +1083,7 @@ class Case(unittest.TestCase):
 
     def start_stand_in(self, **details):
         stand_in = StandIn(**details)
-        thread = threading.Thread(target=stand_in.serve_forever, args=(0.02,))
+        thread = threading.Thread(target=stand_in.serve_forever, args=(0.005,))
         thread.start()
         self.addCleanup(thread.join)
         self.addCleanup(stand_in.server_close)
@@ -1101,7 +1101,7 @@ class Case(unittest.TestCase):
         settings = ticket_service.Settings.from_environment(self.settings(**changes))
         server = ticket_service.Server(ticket_service.Desk(settings), settings.port)
         server.desk.pause, server.desk.wait_at_stop = 0.02, 0
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread = threading.Thread(target=server.serve_forever, args=(0.005,))
         thread.start()
         self.mattermost.service = ("127.0.0.1", server.server_port)
         self.service = server
@@ -2685,7 +2685,7 @@ class DemoTest(Case):
 
     def start_stand_in(self, **_):
         demo = Demo()
-        thread = threading.Thread(target=demo.serve_forever, args=(0.02,))
+        thread = threading.Thread(target=demo.serve_forever, args=(0.005,))
         thread.start()
         self.addCleanup(thread.join)
         self.addCleanup(demo.server_close)
