@@ -136,7 +136,8 @@ SLOW = "Mattermost takes very long to answer. Please wait a moment, then try aga
 OUR_FAULT = "Something went wrong in the ticket service. Please try again, or tell your admin."
 
 # After a button was pressed.
-NOT_OUR_BUTTON = "This button does not belong to a ticket of mine. Nothing was changed."
+NOT_OUR_BUTTON = ("This button does not belong to a ticket of mine, so nothing was changed. "
+                  "Please tell your Mattermost admin.")
 NOT_CHANGED = "I can't read this ticket now; it stays as it is. Try again, or invite me here."
 
 # In the form, under a field.
