@@ -23,6 +23,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import re
 import secrets
 import select
@@ -619,6 +620,32 @@ def slow(seconds):
     return behave
 
 
+def drips(handler, work):
+    """Do as asked, and answer a byte at a time, for far longer than anybody waits."""
+    status, payload = work()
+    body = json.dumps(payload).encode()
+    answer = b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
+    with contextlib.suppress(OSError):
+        for byte in answer[:300]:
+            handler.write(bytes([byte]))
+            time.sleep(0.03)
+    handler.close_connection = True
+
+
+def stalls(handler, work):
+    """Do as asked, send half of the answer, and say nothing more."""
+    status, payload = work()
+    handler.write(b"HTTP/1.1 %d X\r\nContent-Length: 99\r\n\r\n{" % status)
+    time.sleep(1)
+    handler.close_connection = True
+
+
+def resets(connection):
+    """Close a connection so that the other side sees a reset."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
 def hangs_up(handler, _):
     """Close the connection without an answer, and do nothing."""
     handler.close_connection = True
@@ -1016,7 +1043,7 @@ def run_demo(port):
         threading.Thread(target=server.serve_forever, args=(0.1,)).start()
     print(f"Open {stand_in.url}/ in a browser. Ctrl-C ends it.", flush=True)
     signal.sigwait(signals)
-    service.stop()
+    service.shutdown()
     stand_in.shutdown()
     return 0
 
@@ -1111,7 +1138,7 @@ class Case(unittest.TestCase):
     def stop_service(self, server, thread):
         """Stop a server, and look for what must not be in its log."""
         if thread.is_alive():
-            server.stop()
+            server.shutdown()
             thread.join()
         server.desk.close()
         self.assert_nothing_private_logged()
@@ -1131,6 +1158,13 @@ class Case(unittest.TestCase):
             connection.request("POST", path, body)
             answer = connection.getresponse()
             return answer.status, json.loads(answer.read()), answer.headers
+
+    def health(self):
+        """Return the JSON of the answer to a health check."""
+        connection = http.client.HTTPConnection(*self.mattermost.service, timeout=5)
+        with contextlib.closing(connection):
+            connection.request("GET", "/health")
+            return json.loads(connection.getresponse().read())
 
     def file(self, answers=None, **details):
         """Type /ticket, and submit the dialog; return what Mattermost's client is told."""
@@ -1468,7 +1502,7 @@ class SubmissionTest(Case):
     def test_a_mattermost_that_comes_back_in_time_gets_the_ticket_at_the_first_press(self):
         pending = "api.post.deduplicate_create_post.pending"
         for what, behave in {"unavailable": fails(503), "no answer": hangs_up,
-                             "busy": fails(429, Retry_After="1"), "at it": fails(500, pending),
+                             "busy": fails(429, Retry_After="0"), "at it": fails(500, pending),
                              "the answer is lost": loses_the_answer,
                              "the answer is cut": cuts_the_answer}.items():
             with self.subTest(what):
@@ -1477,6 +1511,25 @@ class SubmissionTest(Case):
                 self.assertEqual(self.file(), {})
                 self.assertEqual(len(self.mattermost.roots()), before + 1)
                 self.eventually(lambda: len(self.mattermost.replies()) > before, "the reply")
+
+    def test_a_busy_mattermost_is_asked_again_when_it_says(self):
+        self.mattermost.run_command()
+        self.mattermost.script("POST /posts", fails(429, Retry_After="1"))
+        began = time.monotonic()
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.assertGreaterEqual(time.monotonic() - began, 1)
+
+    def test_whatever_retry_after_says_the_dialog_is_answered(self):
+        for seconds in ("0", "-1", "9" * 400, "9" * 5000, "1e9", "nan", "inf", "\u0661",
+                        "Fri, 31 Dec 1999 23:59:59 GMT", "", "soon"):
+            with self.subTest(seconds[:40]):
+                self.mattermost.run_command()
+                self.mattermost.script("POST /posts", fails(429, Retry_After=seconds))
+                answer = self.mattermost.submit_dialog(answers_to())
+                if seconds.startswith("999"):
+                    self.assert_refused(answer, NO_ANSWER)
+                else:
+                    self.assertEqual(answer, {})
 
     def test_a_mattermost_that_is_down_is_told(self):
         self.service.desk.patience = 0
@@ -1609,17 +1662,53 @@ class SubmissionTest(Case):
         self.assert_logged("WARNING ticket=.* reply")
         self.assertEqual(len(self.mattermost.posts), 1)
 
-    def test_a_person_is_answered_in_time_and_the_ticket_is_made_all_the_same(self):
-        self.service.answer_within = 0.2
+    def test_a_person_is_answered_in_time_however_slowly_mattermost_answers(self):
+        for what, behave in {"silence": slow(2), "a dripping answer": drips, "half of one": stalls,
+                             "an error": fails(503)}.items():
+            with self.subTest(what):
+                self.mattermost.run_command()
+                self.forget_connections()
+                self.service.answer_within = 0.4
+                before = len(self.mattermost.roots())
+                self.mattermost.script("POST /posts", *[behave] * 50)
+                began = time.monotonic()
+                self.assert_refused(self.mattermost.submit_dialog(answers_to()), NO_ANSWER)
+                self.assertLess(time.monotonic() - began, 1.5)
+                self.mattermost.scripts.clear()
+                self.service.answer_within = 10
+                self.eventually(lambda: self.mattermost.submit_dialog(answers_to()) == {}, "it")
+                self.eventually(lambda: len(self.mattermost.replies()) > before, "the reply")
+                self.assertEqual(len(self.mattermost.roots()), before + 1)
+
+    def test_waiting_for_another_submission_of_the_same_dialog_counts_too(self):
         self.mattermost.run_command()
-        self.mattermost.script("POST /posts", slow(0.8))
-        began = time.monotonic()
-        self.assert_refused(self.mattermost.submit_dialog(answers_to()), "Mattermost takes very")
-        self.assertLess(time.monotonic() - began, 0.8)
-        self.service.answer_within = 10
-        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
-        self.eventually(self.mattermost.replies, "the reply")
-        self.assertEqual((len(self.mattermost.roots()), len(self.mattermost.ephemeral)), (1, 1))
+        self.mattermost.script("POST /posts", slow(1))
+        first = threading.Thread(target=lambda: self.mattermost.submit_dialog(answers_to()))
+        first.start()
+        self.eventually(lambda: self.mattermost.made("POST /posts"), "the post")
+        self.service.answer_within = 0.2
+        self.assert_refused(self.mattermost.submit_dialog(answers_to()), NO_ANSWER)
+        self.assertTrue(first.is_alive())
+        first.join()
+        self.assertEqual(len(self.mattermost.roots()), 1)
+
+    def test_clients_that_reset_while_mattermost_is_slow_harm_nobody(self):
+        self.service.answer_within = 0.3
+        for number in range(12):
+            self.mattermost.run_command()
+            self.mattermost.script("POST /posts", drips)
+            _, _, dialog = self.mattermost.dialogs[-1]
+            body = json.dumps({"user_id": ALICE, "state": dialog["state"],
+                               "submission": answers_to()})
+            with socket.create_connection(self.mattermost.service, 10) as connection:
+                connection.sendall(submission(body.encode()))
+                self.eventually(lambda: len(self.mattermost.made("POST /posts")) > number, "post")
+                resets(connection)
+        ends = time.monotonic() + 1
+        while time.monotonic() < ends:
+            self.assertEqual(self.health(), {"status": "ok"})
+            time.sleep(0.05)
+        self.assertEqual([line for line in self.log.lines if "Traceback" in line], [])
 
     def test_our_own_bug_is_a_calm_sentence_and_a_traceback_in_the_log(self):
         self.mattermost.run_command()
@@ -1628,6 +1717,19 @@ class SubmissionTest(Case):
         self.assert_logged("(?s)ERROR .*Traceback.*AttributeError")
         self.service.desk.ids = ids
         self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+
+    def test_a_bug_while_a_request_is_read_does_not_close_the_dialog_either(self):
+        self.mattermost.run_command()
+        slash_tokens = self.service.desk.settings.slash_tokens
+        for path, answer in (("/ticket/submit", "error"), ("/ticket/action", "ephemeral_text"),
+                             ("/ticket", "text")):
+            with self.subTest(path):
+                route = ticket_service.ROUTES[path]
+                ticket_service.ROUTES[path] = route._replace(read=lambda *_: slash_tokens["x"])
+                self.addCleanup(ticket_service.ROUTES.update, {path: route})
+                status, said, _ = self.post(path, b"{}")
+                self.assertEqual((status, said[answer]), (200, ticket_service.OUR_FAULT))
+        self.assert_logged("(?s)ERROR .*Traceback.*TypeError")
 
     def test_a_state_that_is_not_ours_is_refused(self):
         self.mattermost.run_command()
@@ -1807,6 +1909,7 @@ FORM = urllib.parse.urlencode({
     "token": SLASH_TOKEN, "user_id": ALICE, "user_name": "alice", "channel_id": HELPDESK,
     "trigger_id": "x", "text": "typed"}).encode()
 HOST = b"Host: tickets\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: smuggled\r\n\r\n"
 
 
@@ -1825,6 +1928,24 @@ def post(body=FORM, headers=None, path=b"/ticket"):
 
 def submission(body):
     return post(body, path=b"/ticket/submit")
+
+
+def mutated(chance, good):
+    """Return a good request in which something is inserted, deleted, flipped or spliced."""
+    raw = bytearray(chance.choice(good))
+    for _ in range(chance.randint(1, 3)):
+        at, end = sorted(chance.randrange(len(raw) + 1) for _ in range(2))
+        what = chance.randrange(4)
+        if what == 0:
+            raw[at:at] = chance.choice([b"\r\n", b"\n", b"\0", b" ", b"\xff", b"[", b"%", b":"])
+        elif what == 1:
+            del raw[at:min(end, at + 20)]
+        elif what == 2 and at < len(raw):
+            raw[at] ^= 1 << chance.randrange(8)
+        else:
+            other = chance.choice(good)
+            raw[at:] = other[chance.randrange(len(other)):]
+    return bytes(raw)
 
 
 GOOD_REQUESTS = {
@@ -1856,7 +1977,7 @@ BAD_REQUESTS = [
         b"OPTIONS * HTTP/1.1", b"GET http://x/health HTTP/1.1", b"GET /health HTTP/2.0",
         b"GET /health HTTP/1.9", b"GET /health http/1.1", b"GET /health HTTP/01.1")],
     (431, "20 KB", get(b"GET /" + b"a" * 20_000 + b" HTTP/1.1")),
-    (414, "70 KB", get(b"GET /" + b"a" * 70_000 + b" HTTP/1.1")),
+    (431, "70 KB", get(b"GET /" + b"a" * 70_000 + b" HTTP/1.1")),
     # headers
     (400, "no Host", get(headers=b"")),
     (400, "two Hosts", get(headers=HOST * 2)),
@@ -1896,6 +2017,8 @@ BAD_REQUESTS = [
     (400, "only the token", post(b"token=" + SLASH_TOKEN.encode())),
     *[(400, body[:20], submission(body)) for body in (
         b"", b"typed", b"[]", b"null", b'{"a":', b'"a"', b"[" * 50_000, b'{"a":' * 12_000,
+        ('["\u2200", ' + "[" * 100_000).encode("utf-16-le"), b"\xef\xbb\xbf{}",
+        ('{"a":' * 10_000).encode("utf-32-be"), '{"a": 1}'.encode("utf-16"),
         b'{"a": "\\"' * 50, b"9" * 5000, b'{"a": "caf\xe9"}', b'{"a": 1}x',
         b'{"a": "' + b'\\"' * 100_000)],
 ]
@@ -1969,6 +2092,28 @@ class EdgeTest(Case):
                 self.assertEqual(self.read_all(connection), b"")
         self.assertEqual(self.mattermost.calls, [])
 
+    def test_a_good_request_that_was_changed_gets_one_whole_answer(self):
+        chance = random.Random(20261125)
+        good = [*GOOD_REQUESTS.values(), submission(json.dumps({
+            "type": "dialog_submission", "state": "a.b", "user_id": ALICE,
+            "submission": answers_to()}).encode())]
+        good = [raw for raw in good if len(raw) < 5000]
+        self.mattermost.triggers["x"] = ALICE
+        for _ in range(400):
+            raw = mutated(chance, good)
+            with self.subTest(raw):
+                connection = self.connect()
+                with contextlib.suppress(OSError):  # refused and reset meanwhile
+                    connection.sendall(raw)
+                    connection.shutdown(socket.SHUT_WR)
+                if answer := self.read_all(connection).removeprefix(CONTINUE):
+                    status = int(answer[9:12])
+                    self.assertLess(status, 502)
+                    self.assertNotEqual(status, 500)
+                    if not raw.startswith(b"HEAD"):
+                        self.assert_answer(answer, status)
+        self.assertEqual([line for line in self.log.lines if "Traceback" in line], [])
+
     def test_a_half_closed_connection_is_answered(self):
         connection = self.connect()
         connection.sendall(get())
@@ -1985,7 +2130,7 @@ class EdgeTest(Case):
     def test_continue_is_said_before_the_body_but_not_for_one_that_is_refused(self):
         connection = self.connect()
         connection.sendall(post(b"", headers=length(FORM) + b"Expect: 100-continue\r\n"))
-        self.assertEqual(connection.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.assertEqual(connection.recv(100), CONTINUE)
         connection.sendall(FORM)
         self.assert_answer(self.read_all(connection), 200)
         for status, headers, path in ((413, b"Content-Length: 10000000\r\n", b"/ticket"),
@@ -2009,7 +2154,7 @@ class EdgeTest(Case):
                 time.sleep(0.01)
 
     def test_the_whole_request_has_a_deadline(self):
-        self.service.deadline = 0.3
+        self.service.arrive_within = 0.3
         for start, drip in ((b"", b""), (b"GET /", b"a"), (get()[:-2] + b"X: ", b"a"),
                             (post(b"", headers=b"Content-Length: 999\r\n"), b"a")):
             with self.subTest(start):
@@ -2028,36 +2173,58 @@ class EdgeTest(Case):
         for raw in (b"", b"POST /ticket HTTP/1.1\r\nHost", post()[:-1]):
             connection = self.connect()
             connection.sendall(raw)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.close()
+            resets(connection)
         self.assert_answer(self.exchange(get()), 200)
         self.assertEqual(self.log.lines, [])
 
-    def test_silent_connections_take_no_threads_and_the_oldest_gives_way(self):
-        self.service.most_silent = 20
+    def test_when_the_table_is_full_the_oldest_gives_way(self):
+        self.service.most_connections, self.service.grace = 20, 0
         silent = [self.connect() for _ in range(30)]
         self.eventually(lambda: sum(map(is_readable, silent)) == 10, "hanging up")
         self.assertTrue(all(is_readable(connection) for connection in silent[:10]))
         self.assert_answer(self.exchange(get()), 200)
-        self.assertLessEqual(self.service.threads, 2)
         silent[-1].sendall(get())
         self.assert_answer(self.read_all(silent[-1]), 200)
 
-    def test_when_all_threads_are_taken_the_oldest_unfinished_request_gives_way(self):
-        self.service.most_threads = 5
-        half = []
-        for number in range(5):
-            half.append(self.connect())
-            half[-1].sendall(b"POST /ticket HTTP/1.1\r\n")
-            self.eventually(lambda: self.service.threads == number + 1, "the thread")
-        for number in range(3):
-            self.assert_answer(self.exchange(post()), 200)
-        self.assertEqual([is_readable(connection) for connection in half[-2:]], [False, False])
-        self.assertTrue(is_readable(half[0]))
-        self.assertEqual(self.service.threads, 5)
+    def test_nobody_gives_way_before_he_has_had_his_time(self):
+        self.service.most_connections, self.service.grace = 5, 0.5
+        honest = [self.connect() for _ in range(5)]
+        late = self.connect()
+        late.sendall(get())
+        time.sleep(0.05)
+        for connection in honest:
+            connection.sendall(get())
+            self.assert_answer(self.read_all(connection), 200)
+        self.assert_answer(self.read_all(late), 200)
+
+    def test_requests_that_are_not_whole_take_no_threads(self):
+        before = threading.active_count()
+        half = [self.connect() for _ in range(50)]
+        for connection in half:
+            connection.sendall(post()[:-1])
+        self.assert_answer(self.exchange(post()), 200)
+        self.assertLessEqual(threading.active_count(), before + 3)  # ours, the stand-in's, a thread
+        for connection in half[:5]:
+            connection.sendall(FORM[-1:])
+            self.assert_answer(self.read_all(connection), 200)
+
+    def test_when_half_requests_take_too_much_memory_the_oldest_gives_way(self):
+        limit, ticket_service.UNFINISHED_LIMIT = ticket_service.UNFINISHED_LIMIT, 300_000
+        self.addCleanup(setattr, ticket_service, "UNFINISHED_LIMIT", limit)
+        silent, *half = [self.connect() for _ in range(4)]
+        for number, connection in enumerate(half):
+            connection.sendall(post(FORM + b"&x=" + b"a" * 120_000)[:-1])
+            self.eventually(lambda: self.service.unfinished > min(number, 1) * 120_000, "reading")
+        self.assertEqual(self.read_all(half[0]), b"")
+        for connection in half[1:]:
+            connection.sendall(b"a")
+            self.assert_answer(self.read_all(connection), 200)
+        silent.sendall(get())
+        self.assert_answer(self.read_all(silent), 200)
+        self.assertEqual(self.service.unfinished, 0)
 
     def test_nobody_who_waits_for_mattermost_gives_way(self):
-        self.service.most_threads = 2
+        self.service.threads = ticket_service.Threads(2)
         for _ in range(4):
             self.mattermost.run_command()
         self.mattermost.script("POST /posts", *[slow(0.2)] * 4)
@@ -2065,7 +2232,7 @@ class EdgeTest(Case):
             self.mattermost.submit_dialog(answers_to(), number), {}))
 
     def test_a_health_check_is_answered_even_if_all_threads_wait_for_mattermost(self):
-        self.service.most_threads = 1
+        self.service.threads = ticket_service.Threads(1)
         self.mattermost.script("POST /actions/", slow(0.5))
         waiting = threading.Thread(target=self.mattermost.run_command)
         waiting.start()
@@ -2101,7 +2268,7 @@ class EdgeTest(Case):
             target=lambda: answers.append(self.mattermost.submit_dialog(answers_to())))
         submitting.start()
         self.eventually(lambda: self.mattermost.made("POST /posts"), "the post")
-        stopping = threading.Thread(target=self.service.stop)
+        stopping = threading.Thread(target=self.service.shutdown)
         began = time.monotonic()
         stopping.start()
         time.sleep(0.1)
@@ -2127,7 +2294,7 @@ class EdgeTest(Case):
                     connection.sendall(get())
                     answered.append(self.read_all(connection)[-16:])
 
-        stop = threading.Timer(0.3, lambda: (stopping.set(), self.service.stop()))
+        stop = threading.Timer(0.3, lambda: (stopping.set(), self.service.shutdown()))
         stop.start()
         in_threads(8, call)
         stop.join()

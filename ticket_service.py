@@ -46,10 +46,8 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-import urllib.response
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from typing import NamedTuple
 
 log = logging.getLogger("ticket")
@@ -132,7 +130,6 @@ NOT_ACCEPTED = "Mattermost did not accept the ticket. Submit again in a moment, 
 DAY_FULL = "All ticket IDs of today are used up. Please submit again after midnight UTC."
 TICKET_TOO_LONG = "The ticket is {excess} characters too long. Please shorten it and submit again."
 TOO_LONG_THERE = "The ticket is too long for this Mattermost. Please shorten it and submit again."
-SLOW = "Mattermost takes very long to answer. Please wait a moment, then try again."
 OUR_FAULT = "Something went wrong in the ticket service. Please try again, or tell your admin."
 
 # After a button was pressed.
@@ -400,7 +397,7 @@ class Settings:
 
 FORM_FIELDS = 1000  # Mattermost repeats keys for everybody who is mentioned in the text
 JSON_DEPTH = 100
-JSON_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 USER_NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)  # a colon in those of shared channels
 HOOK = re.compile(r"/([A-Za-z0-9]+)$")
 LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029\u2424]")  # what Mattermost's clients break at
@@ -427,11 +424,13 @@ def clean(text):
 
 def json_object(body):
     """Return the JSON object in the body of a request."""
-    outside = JSON_STRING.sub(b"", body)  # people paste JSON and stack traces into a ticket
-    if outside.count(b"[") + outside.count(b"{") > JSON_DEPTH:
-        raise Refused(400, "the JSON is nested too deeply")  # json would crash a small thread stack
     try:
-        value = json.loads(body)
+        # json would also take UTF-16 and UTF-32, in which the brackets can't be counted as here.
+        text = body.decode()
+        outside = JSON_STRING.sub("", text)  # people paste JSON and stack traces into a ticket
+        if outside.count("[") + outside.count("{") > JSON_DEPTH:
+            raise Refused(400, "the JSON is nested too deeply")  # json could crash the thread
+        value = json.loads(text)
     except ValueError as error:
         raise Refused(400, "the body is not JSON") from error
     if not isinstance(value, dict):
@@ -454,7 +453,7 @@ class SlashCommand:
     hook: str  # ID of the response URL; its host is never used, since a client can choose it
 
     @classmethod
-    def from_body(cls, body, tokens):
+    def from_body(cls, body, settings):
         """Read the body, a form; its token must be one of ours."""
         try:
             fields = dict(urllib.parse.parse_qsl(
@@ -462,7 +461,7 @@ class SlashCommand:
         except ValueError as error:
             raise Refused(400, "the body is not a form") from error
         token = fields.get("token", "").encode()
-        if not any([hmac.compare_digest(token, known) for known in tokens]):
+        if not any([hmac.compare_digest(token, known) for known in settings.slash_tokens]):
             raise Refused(401, "SLASH_TOKEN does not hold the token of this slash command")
         user_id, user_name, channel_id, trigger_id = (
             fields.get(name, "") for name in ("user_id", "user_name", "channel_id", "trigger_id"))
@@ -487,7 +486,7 @@ class Submission:
     cancelled: bool
 
     @classmethod
-    def from_body(cls, body):
+    def from_body(cls, body, _):
         """Read the body, a JSON object; what has the wrong type counts as empty."""
         fields = json_object(body)
         ours = fields.get("type") in (None, "", "dialog_submission")  # not a look-up or a refresh
@@ -512,7 +511,7 @@ class Press:
     signed: str
 
     @classmethod
-    def from_body(cls, body):
+    def from_body(cls, body, _):
         """Read the body, a JSON object; what is missing or odd counts as empty."""
         fields = json_object(body)
         context = fields.get("context")
@@ -632,6 +631,21 @@ def ephemeral(text):
 def given_back(sentence, text):
     """Return an ephemeral answer that gives people their text back."""
     return ephemeral(f"{sentence}\n{WHAT_YOU_TYPED}\n{fenced(text)}" if text else sentence)
+
+
+def not_opened(sentence, command):
+    """Return the answer to a command that could not open its dialog."""
+    return given_back(sentence, command.text if command else "")
+
+
+def not_filed(sentence, _):
+    """Return the answer to a submission that made no ticket: the dialog stays open and says so."""
+    return {"error": sentence}
+
+
+def not_changed(sentence, _):
+    """Return the answer to a press that changed nothing, which only who pressed sees."""
+    return {"ephemeral_text": sentence}
 
 
 def prefilled(elements, text):
@@ -843,20 +857,21 @@ class NotAllowed(MattermostError):
     """A call about something that is not there for the bot: 400, 403 or 404."""
 
 
-def mattermost_error(status, headers, body):
+def mattermost_error(answer):
     """Return the error in an answer of Mattermost's, or of a proxy in front of it."""
     try:
-        error_id = json.loads(body)["id"]
+        error_id = json.loads(answer.body)["id"]
     except (ValueError, LookupError, TypeError, RecursionError):
         error_id = ""
     if not ERROR_ID.fullmatch(str(error_id)):  # plugins put their own words there
         error_id = ""
-    reason = f"Mattermost answered {status} {error_id}".rstrip()
-    if 300 <= status < 400:
+    reason = f"Mattermost answered {answer.status} {error_id}".rstrip()
+    if 300 <= answer.status < 400:
         reason += ", a redirect: is MATTERMOST_URL right?"
-    seconds = headers.get("Retry-After", "")
-    kind = NotAllowed if status in (400, 403, 404) else MattermostError
-    return kind(reason, status, error_id, int(seconds) if seconds.isdecimal() else None)
+    wait = answer.headers.get("Retry-After", "")
+    seconds = float(wait) if re.fullmatch("[0-9]+", wait) else None  # of any size; not a date
+    kind = NotAllowed if answer.status in (400, 403, 404) else MattermostError
+    return kind(reason, answer.status, error_id, seconds)
 
 
 def with_id(answer):
@@ -864,6 +879,71 @@ def with_id(answer):
     if not ID.fullmatch(str(answer.get("id") or "")):
         raise MattermostError("the answer is not what Mattermost answers")
     return answer
+
+
+class Deadline(threading.local):
+    """The time by which all that is done for a request must be over; a thread has one at a time."""
+
+    ends = math.inf  # by time.monotonic()
+
+    def left(self, most):
+        """Return how many seconds are left, at most so many; raise TimeoutError if none are."""
+        left = min(most, self.ends - time.monotonic())
+        if left <= 0:
+            raise TimeoutError("no time is left")
+        return left
+
+
+deadline = Deadline()
+
+
+class TimedReader(io.RawIOBase):
+    """Reads from a socket until the deadline: a socket's own time-out begins anew with each byte."""
+
+    def __init__(self, raw, connection):
+        super().__init__()
+        self.raw, self.connection, self.most = raw, connection, connection.gettimeout()
+
+    def readable(self):
+        """Return True, for io.BufferedReader."""
+        return True
+
+    def readinto(self, buffer):
+        """Read what is there, or wait for it."""
+        self.connection.settimeout(deadline.left(self.most))
+        return self.raw.readinto(buffer)
+
+    def close(self):
+        """Close the socket, if nobody else uses it."""
+        self.raw.close()
+        super().close()
+
+
+class TimedResponse(http.client.HTTPResponse):
+    """An HTTPResponse that is read until the deadline."""
+
+    def __init__(self, sock, *args, **details):
+        super().__init__(sock, *args, **details)
+        self.fp = io.BufferedReader(TimedReader(self.fp.detach(), sock))
+
+
+class Answer(NamedTuple):
+    """An answer of Mattermost's, read to its end."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    @classmethod
+    def whole(cls, response):
+        """Read a response; raise if it is cut short, or too long."""
+        with response:
+            body = response.read(ANSWER_LIMIT + 1)
+        if len(body) > ANSWER_LIMIT:
+            raise ValueError("the answer is too long")
+        if response.length:  # bytes that are still owed: read() with a size does not tell
+            raise http.client.IncompleteRead(body, response.length)
+        return cls(response.status, response.headers, body)
 
 
 class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
@@ -878,29 +958,35 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     def __init__(self, context, proxied):
         super().__init__(context=context)
         self.proxied = proxied
-        self.idle, self.lock = collections.deque(), threading.Lock()
+        self.idle = collections.deque()
 
     def do_open(self, connection_class, request, **details):
         """Return the answer, read to its end; urllib's own do_open() leaves that to the caller."""
+        def new_connection(host, **more):
+            connection = connection_class(host, **more)
+            connection.response_class = TimedResponse
+            return connection
+
         if self.proxied:
-            return self.whole(super().do_open(connection_class, request, **details), request)
-        kept = self.take()
-        if kept:
+            return Answer.whole(super().do_open(new_connection, request, **details))
+        if kept := self.take():
             try:
                 return self.exchange(kept, request)
             except TimeoutError:
                 raise
             except (OSError, http.client.HTTPException) as error:
                 log.debug("a kept connection had died: %r", error)
-        fresh = connection_class(request.host, timeout=request.timeout, **details)
-        return self.exchange(fresh, request)
+        return self.exchange(new_connection(request.host, timeout=request.timeout, **details),
+                             request)
 
     def exchange(self, connection, request):
         """Send a request, return its answer, and keep the connection if the other side does."""
         try:
+            if connection.sock:
+                connection.sock.settimeout(request.timeout)
             connection.request(request.get_method(), request.selector, request.data,
                                dict(request.header_items()))
-            answer = self.whole(connection.getresponse(), request)
+            answer = Answer.whole(connection.getresponse())
         except BaseException:
             connection.close()
             raise
@@ -908,45 +994,30 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
             self.keep(connection)
         return answer
 
-    @staticmethod
-    def whole(response, request):
-        """Return a response with its whole body; raise if it is cut short, or too long."""
-        with response:
-            body = response.read(ANSWER_LIMIT + 1)
-            if len(body) > ANSWER_LIMIT:
-                raise ValueError("the answer is too long")
-            if response.length:  # bytes that are still owed: read() with a size does not tell
-                raise http.client.IncompleteRead(body, response.length)
-        return urllib.response.addinfourl(
-            io.BytesIO(body), response.headers, request.full_url, response.status)
-
     def keep(self, connection):
         """Keep an idle connection for the next call."""
-        with self.lock:
-            if len(self.idle) < self.most:
-                self.idle.append((connection, time.monotonic()))
-                return
-        connection.close()
+        self.idle.append((connection, time.monotonic()))
+        if len(self.idle) > self.most:
+            with contextlib.suppress(IndexError):  # another thread was faster
+                self.idle.popleft()[0].close()
 
     def take(self):
         """Return the connection that was used last and is still good, or None."""
-        oldest = time.monotonic() - self.longest
-        with self.lock:
-            while self.idle and self.idle[0][1] < oldest:
-                self.idle.popleft()[0].close()
-            while self.idle:
-                connection, _ = self.idle.pop()
+        with contextlib.suppress(IndexError):  # none is left
+            while True:
+                connection, since = self.idle.pop()
                 poll = select.poll()
                 poll.register(connection.sock, select.POLLIN)
-                if not poll.poll(0):  # what can be read before we asked can only be the end
+                # What can be read before we asked can only be the end.
+                if time.monotonic() - since < self.longest and not poll.poll(0):
                     return connection
                 connection.close()
         return None
 
     def close(self):
         """Close what is kept."""
-        with self.lock:
-            while self.idle:
+        with contextlib.suppress(IndexError):
+            while True:
                 self.idle.pop()[0].close()
 
 
@@ -979,13 +1050,12 @@ class Mattermost:
         data = None if payload is None else json_bytes(payload)
         request = urllib.request.Request(self.url + path, data, self.headers, method=method)
         try:
-            with self.opener.open(request, timeout=self.timeout) as answer:
-                status, headers, body = answer.status, answer.headers, answer.read()
+            answer = self.opener.open(request, timeout=deadline.left(self.timeout))
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise MattermostError(f"no answer from Mattermost: {error!r:.300}") from error
-        if status not in (200, 201):
-            raise mattermost_error(status, headers, body)
-        return body
+        if answer.status not in (200, 201):
+            raise mattermost_error(answer)
+        return answer.body
 
     def call(self, method, path, payload=None, wanted=dict):
         """Return the JSON in an answer that means success: an object, or whatever is wanted."""
@@ -1070,6 +1140,17 @@ def is_ticket(post, nonce):
         return False
 
 
+@contextlib.contextmanager
+def lock_in_time(lock):
+    """Hold a lock; be Sorry if somebody else holds it for as long as there is time."""
+    if not lock.acquire(timeout=deadline.left(STATE_AGE)):
+        raise Sorry(NOT_REACHED)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class Recent(dict):
     """A dictionary that forgets what came first when it gets too long."""
 
@@ -1102,7 +1183,8 @@ class Dialog:
     ticket_id: str = ""
     post_id: str = ""  # once there is a ticket
     posted: int = 0  # fingerprint of the answers in the ticket, or those posted after
-    follow_up: Callable = None  # what is left to do for the ticket, once
+    has_reply: bool = False
+    confirmed: bool = False  # or about to be
 
 
 @dataclass(slots=True)
@@ -1139,7 +1221,7 @@ class Desk:
     # From the command to the dialog
 
     def on_slash_command(self, command):
-        """Open the form; return the answer to the command, and None for nothing to do after it."""
+        """Open the form; yield the answer to the command."""
         self.check_channel(self.target(command.channel_id), TYPE_AGAIN)
         asked = State(command.user_id, command.user_name, command.channel_id, int(time.time()),
                       secrets.token_urlsafe(24))
@@ -1152,7 +1234,7 @@ class Desk:
         except MattermostError as error:
             late = error.id == TRIGGER_EXPIRED
             raise Sorry(FORM_LATE if late else FORM_NOT_OPENED) from error
-        return {} if complete else given_back(FORM_TOO_SMALL, command.text), None
+        yield {} if complete else given_back(FORM_TOO_SMALL, command.text)
 
     def target(self, channel_id):
         """Return the channel that gets the ticket of somebody who typed /ticket in a channel."""
@@ -1205,16 +1287,18 @@ class Desk:
     # From the submission to the ticket
 
     def on_submission(self, submission):
-        """File a ticket; return the answer to the dialog, and what is to be done after it."""
+        """File a ticket; yield the answer to the dialog, then confirm it and begin its thread."""
         if submission.cancelled:
-            return {}, None
+            yield {}
+            return
         asked = opened_state(self.seal, submission)
         answers, errors = read_answers(self.elements, submission.answers)
         if errors:
-            return {"errors": errors}, None
+            yield {"errors": errors}
+            return
         # One that is not remembered, as it was opened before the last start, may have a ticket.
         dialog = self.dialogs.remember(asked.nonce, Dialog(asked, unanswered=-math.inf))
-        with dialog.lock:
+        with lock_in_time(dialog.lock):
             try:
                 if not dialog.post_id:
                     self.file_ticket(dialog, answers)
@@ -1222,8 +1306,11 @@ class Desk:
                     self.post_changes(dialog, answers)
             except MattermostError as error:
                 raise Sorry(self.why_not_filed(error, dialog)) from error
-            follow_up, dialog.follow_up = dialog.follow_up, None
-        return {}, follow_up
+            first, dialog.confirmed = not dialog.confirmed, True
+        yield {}
+        if first:
+            self.confirm(dialog)
+            self.begin_thread(dialog)
 
     def file_ticket(self, dialog, answers):
         """Post a ticket, or find the one that an earlier attempt made."""
@@ -1251,7 +1338,7 @@ class Desk:
         dialog.posted = fingerprint(made["props"]["ticket"].get("answers"))
         log.info("ticket=%s user=%s channel=%s post=%s",
                  dialog.ticket_id, asked.user_name, channel_id, dialog.post_id)
-        dialog.follow_up = lambda: self.follow_up(dialog, has_reply=made.get("reply_count"))
+        dialog.has_reply = bool(made.get("reply_count"))
 
     def earlier_ticket(self, channel_id, nonce):
         """Return the post that an earlier submission of the same dialog made, or None."""
@@ -1265,28 +1352,28 @@ class Desk:
 
     def create_ticket(self, post):
         """Create the post of a ticket; where the bot is no longer a member, join first."""
-        ends = time.monotonic() + self.patience
         try:
-            made = self.create_post(post, ends)
+            made = self.create_post(post)
         except MattermostError as error:
             if error.status != 403:
                 raise
             self.good_channels.forget(post["channel_id"])
             self.check_channel(post["channel_id"], SUBMIT_AGAIN)
-            made = self.create_post(post, ends)
+            made = self.create_post(post)
         if not is_ticket(made, post["pending_post_id"]):
             raise MattermostError("the answer is not the ticket that was posted")
         return made
 
-    def create_post(self, post, ends):
+    def create_post(self, post):
         """Create a post, again and again while Mattermost is away; all tries make one post."""
-        pause = self.pause
+        pause, ends = self.pause, time.monotonic() + self.patience
         while True:
             try:
                 return self.mattermost.create_post(post)
             except MattermostError as error:
                 wait = error.retry_after or pause
-                if not error.may_pass or time.monotonic() + wait + self.mattermost.timeout > ends:
+                left = min(ends, deadline.ends) - time.monotonic()
+                if not error.may_pass or wait + self.mattermost.timeout > left:
                     raise
             time.sleep(wait)
             pause = min(2 * pause, 2)
@@ -1306,7 +1393,7 @@ class Desk:
     def reply(self, channel_id, root_id, message):
         """Post in the thread of a ticket."""
         post = new_post(channel_id, message, secrets.token_urlsafe(24), root_id)
-        self.create_post(post, time.monotonic() + self.patience)
+        self.create_post(post)
 
     def why_not_filed(self, error, dialog):
         """Return the sentence for somebody whose ticket Mattermost did not take."""
@@ -1321,10 +1408,9 @@ class Desk:
 
     # After the answer: the ticket exists, and what fails now can only be logged
 
-    def follow_up(self, dialog, has_reply):
-        """Confirm a ticket to its reporter, and begin its thread."""
-        self.confirm(dialog)
-        if has_reply:
+    def begin_thread(self, dialog):
+        """Reply to a ticket: from then on, its reporter follows the thread."""
+        if dialog.has_reply:
             return
         try:
             self.reply(self.target(dialog.asked.channel_id), dialog.post_id, REPLY)
@@ -1359,7 +1445,7 @@ class Desk:
     # From the button to another status
 
     def on_press(self, press):
-        """Close or reopen a ticket; return the answer to the button, and what is to be done after.
+        """Close or reopen a ticket; yield the answer to the button, then tell the thread.
 
         Mattermost changes the post when it has our answer. Who presses in between reads the old
         post: so the last press is remembered for as long as that can take.
@@ -1368,7 +1454,7 @@ class Desk:
         if not (ticket_id and press.user_name and press.post_id):
             raise Sorry(NOT_OUR_BUTTON)
         last = self.presses.remember(ticket_id, LastPress())
-        with last.lock:
+        with lock_in_time(last.lock):
             post = self.ticket_post(press.post_id, ticket_id)
             ticket, now = post["props"]["ticket"], milliseconds()
             if last.change["status_at"] > now - self.press_takes * 1000:
@@ -1381,8 +1467,8 @@ class Desk:
         props = {**post["props"], "ticket": {**ticket, **last.change},
                  "attachments": self.button(ticket_id, other)}
         message = with_status(post["message"], wanted, press.user_name)
-        return ({"update": {"message": message, "props": props}},
-                lambda: self.tell_thread(post, wanted, press.user_name))
+        yield {"update": {"message": message, "props": props}}
+        self.tell_thread(post, wanted, press.user_name)
 
     def button(self, ticket_id, status):
         """Return the attachments of a ticket with the button that gives it a status."""
@@ -1425,7 +1511,7 @@ class Desk:
             return
         version = str(config.get("Version"))
         yield logging.INFO, f"MATTERMOST_URL: Mattermost {version} answers"
-        if [int(part) for part in re.findall(r"\d+", version)[:2]] < [9, 4]:
+        if [int(part) for part in re.findall(r"\d{1,4}", version)[:2]] < [9, 4]:
             yield logging.WARNING, "Mattermost before 9.4 gives a form 3 seconds to open: update it"
         self.site_url = str(config.get("SiteURL")).rstrip("/")
         if not self.site_url.startswith("http"):
@@ -1468,12 +1554,102 @@ class Desk:
 
 HEAD_LIMIT = 16 * 1024  # bytes of request line and headers
 BODY_LIMIT = 256 * 1024  # bytes; 16,383 characters are up to 196 KB in a form
-REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (/[!-~]*) (HTTP/1\.[01])\r\n")
-HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)\r\n")
+FILES = 16 * 1024  # that may be open, if the system lets us
+UNFINISHED_LIMIT = 64 * 2**20  # bytes of all requests that are still arriving
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+HEAD = re.compile(
+    rb"(?:\r\n)?(%b) (/[!-~]*) (HTTP/1\.[01])\r\n((?:%b:[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n"
+    % (TOKEN, TOKEN))
+BARE_LF = re.compile(rb"(?<!\r)\n")
 HOST = re.compile(rb"[\w.~:\[\]-]+")
-HEALTH_CHECK = re.compile(  # without a body
-    rb"(?:GET|HEAD) /health[ ?][^\r\n]*\r\n(?:(?!(?i:content-length))[^\r\n]+\r\n)*\r\n")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 ONLY_ONCE = (b"host", b"content-length", b"content-type", b"authorization", b"expect")
+
+
+class Route(NamedTuple):
+    """What is done with the body of a request: it is read, reacted to, and answered."""
+
+    read: Callable  # (body, settings) -> what Mattermost says; may raise Refused
+    react: Callable  # (desk, what Mattermost says) yields the answer, then does what is left
+    sorry: Callable  # (sentence, what Mattermost says) -> the answer if something is wrong
+
+
+HEALTH = "/health"
+ROUTES = {
+    "/ticket": Route(SlashCommand.from_body, Desk.on_slash_command, not_opened),
+    "/ticket/submit": Route(Submission.from_body, Desk.on_submission, not_filed),
+    "/ticket/action": Route(Press.from_body, Desk.on_press, not_changed),
+}
+
+
+class Head(NamedTuple):
+    """Request line and headers of a request."""
+
+    method: str
+    path: str  # without the query
+    version: str
+    headers: dict  # names in lower case; all is bytes
+    size: int  # bytes
+
+
+def read_head(received):
+    """Return the head that begins these bytes, or None if more of it is to come; or refuse it.
+
+    Strictly: what can be read in two ways is refused, since a proxy in front of us may have read it
+    the other way. http.server's own parser is lenient, and most of its cost.
+    """
+    end = received.find(b"\r\n\r\n", 2)  # RFC 9112, 2.2: one empty line may come first
+    head = bytes(received[:HEAD_LIMIT + 1 if end < 0 else end + 4])
+    if BARE_LF.search(head):
+        raise Refused(400, "a line of the head ends without a carriage return")
+    if len(head) > HEAD_LIMIT:
+        raise Refused(431, "the head of the request is too long")
+    if end < 0:
+        return None
+    match = HEAD.fullmatch(head)
+    if not match:
+        raise Refused(400, "the head of the request is malformed")
+    method, target, version, lines = match.groups()
+    headers = {}
+    for line in lines.split(b"\r\n")[:-1]:
+        name, _, value = line.partition(b":")
+        name = name.lower()
+        if name in ONLY_ONCE and name in headers:
+            raise Refused(400, f"{name.decode()} is there twice")
+        headers[name] = value.strip(b" \t")
+    path = target.partition(b"?")[0].decode()
+    return Head(method.decode(), path, version.decode(), headers, len(head))
+
+
+def body_length(head):
+    """Return how long the body of a request is; refuse a request that its head shows to be no good.
+
+    Too much is refused before it is read, and so is what nobody would answer.
+    """
+    headers = head.headers
+    if b"transfer-encoding" in headers:
+        raise Refused(501, "Transfer-Encoding is not supported")
+    if headers.get(b"expect", b"100-continue").lower() != b"100-continue":
+        raise Refused(417, "Expect is not supported, but for 100-continue")
+    host = headers.get(b"host", b"" if head.version == "HTTP/1.1" else b"none")
+    if not HOST.fullmatch(host):
+        raise Refused(400, "Host is missing or malformed")
+    length = headers.get(b"content-length", b"0")
+    if not length.isdigit():
+        raise Refused(400, "Content-Length is malformed")
+    if len(length) > 9 or int(length) > BODY_LIMIT:
+        raise Refused(413, f"the body is longer than {BODY_LIMIT} bytes")
+    if head.method not in METHODS:
+        raise Refused(501, "the method is not known")
+    if head.path not in ROUTES and head.path != HEALTH:
+        raise Refused(404, "there is nothing at this path")
+    allowed = ("GET", "HEAD") if head.path == HEALTH else ("POST",)
+    if head.method not in allowed:
+        raise Refused(405, f"the method must be {' or '.join(allowed)}",
+                      f"Allow: {', '.join(allowed)}")
+    if head.method == "POST" and b"content-length" not in headers:
+        raise Refused(411, "Content-Length is missing")
+    return int(length)
 
 
 @functools.lru_cache(maxsize=1)
@@ -1482,165 +1658,93 @@ def http_date(seconds):
     return email.utils.formatdate(seconds, usegmt=True)
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Reads one request, gives one answer, and closes the connection.
+@dataclass(slots=True, eq=False)
+class Connection:
+    """A connection, and what has arrived of its only request."""
 
-    So no request can hide behind another, no thread waits for a second one, and Mattermost loses
-    no POST on a connection that is just being closed.
+    socket: socket.socket
+    address: str
+    accepted: float  # when, by time.monotonic()
+    due: float  # when it must be over
+    received: bytearray = field(default_factory=bytearray)
+    head: Head | None = None
+    length: int = 0  # bytes of the body
+    watched: bool = False  # by Server.selector
+    refused: Refused | None = None  # what is still sent is dropped
+
+    def is_whole(self):
+        """Return whether the request is all here; refuse it as soon as that is clear."""
+        if not self.head:
+            self.head = read_head(self.received)
+            if self.head:
+                self.length = body_length(self.head)
+        return self.head and len(self.received) >= self.head.size + self.length
+
+    def body(self):
+        """Return the body of a request that is whole."""
+        return bytes(self.received[self.head.size:self.head.size + self.length])
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Gives one answer to one request that is all here, or that is refused, and closes.
+
+    So no request can hide behind another, no thread waits for a client, and Mattermost loses no
+    POST on a connection that is just being closed.
     """
 
-    protocol_version = "HTTP/1.1"
-    timeout = 10  # seconds for each read or write; Server.deadline bounds a whole request
-    command = path = note = ""
+    timeout = 10  # seconds for the answer, if the client does not read it
+    note = ""
 
-    def parse_request(self):
-        """Read the head of a request into command, path, headers and length.
+    def setup(self):
+        """Take the request from memory, where the server has put it."""
+        head = self.request.head
+        self.command, self.path = (head.method, head.path) if head else ("", "")
 
-        Strictly: what can be read in two ways is refused, since a proxy in front of us may have
-        read it the other way. http.server's own parser is lenient, and most of its cost.
-        """
-        try:
-            self.read_head()
-            self.length = self.body_length()
-        except Refused as refused:
-            self.refuse(refused)
-            return False
-        return True
+    def handle(self):
+        """Answer the request; what is to be done after the answer is done when it has gone out."""
+        if self.request.refused:
+            self.refuse(self.request.refused)
+        elif self.path == HEALTH:
+            self.answer(200, {"status": "ok"})
+        else:
+            self.answer_person(ROUTES[self.path])
 
-    def read_head(self):
-        """Read request line and headers; header names are in lower case, and all is bytes."""
-        line, room = self.raw_requestline, HEAD_LIMIT
-        if line == b"\r\n":  # RFC 9112, 2.2: one empty line before a request is skipped
-            line = self.rfile.readline(room + 1)
-        method, target, version = self.parts(REQUEST_LINE, line, room)
-        self.command, self.request_version = method.decode(), version.decode()
-        self.path = target.partition(b"?")[0].decode()
-        self.headers = {}
-        room -= len(line)
-        while (line := self.rfile.readline(room + 1)) != b"\r\n":
-            name, value = self.parts(HEADER, line, room)
-            name = name.lower()
-            if name in ONLY_ONCE and name in self.headers:
-                raise Refused(400, f"{name.decode()} is there twice")
-            self.headers[name] = value.strip(b" \t")
-            room -= len(line)
+    def finish(self):
+        """Do nothing: each answer has been sent at once."""
 
-    @staticmethod
-    def parts(pattern, line, room):
-        """Return the parts of a line of the head."""
-        if len(line) > room:
-            raise Refused(431, "the head of the request is too long")
-        if not line.endswith(b"\n"):
-            raise ConnectionAbortedError("the request was cut short")
-        match = pattern.fullmatch(line)
-        if not match:
-            raise Refused(400, "the head of the request is malformed")
-        return match.groups()
-
-    def body_length(self):
-        """Return how long the body is, if the headers leave no doubt about it."""
-        headers = self.headers
-        if b"transfer-encoding" in headers:
-            raise Refused(501, "Transfer-Encoding is not supported")
-        if headers.get(b"expect", b"100-continue").lower() != b"100-continue":
-            raise Refused(417, "Expect is not supported, but for 100-continue")
-        host = headers.get(b"host", b"" if self.request_version == "HTTP/1.1" else b"none")
-        if not HOST.fullmatch(host):
-            raise Refused(400, "Host is missing or malformed")
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit():
-            raise Refused(400, "Content-Length is malformed")
-        if len(length) > 9 or int(length) > BODY_LIMIT:
-            raise Refused(413, f"the body is longer than {BODY_LIMIT} bytes")
-        return int(length)
-
-    def respond(self):
-        """Answer the request by the table of routes."""
-        try:
-            methods, answer_to = ROUTES.get(self.path, ((), None))
-            if not methods:
-                raise Refused(404, "there is nothing at this path")
-            if self.command not in methods:
-                allowed = ", ".join(methods)
-                raise Refused(405, f"the method must be {allowed}", f"Allow: {allowed}")
-            answer_to(self, self.read_body())
-        except Refused as refused:
-            self.refuse(refused)
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = respond
-    do_OPTIONS = do_TRACE = do_CONNECT = respond
-
-    def read_body(self):
-        """Return the body, all of it."""
-        if self.command == "POST" and b"content-length" not in self.headers:
-            raise Refused(411, "Content-Length is missing")
-        if b"expect" in self.headers and self.request_version == "HTTP/1.1":
-            self.handle_expect_100()
-        body = self.rfile.read(self.length)
-        if len(body) < self.length:
-            raise ConnectionAbortedError("the request was cut short")
-        self.server.reading.pop(self.connection, None)
-        return body
-
-    def get_health(self, _):
-        """Say that the service runs."""
-        self.answer(200, {"status": "ok"})
-
-    def post_command(self, body):
-        """Answer a slash command."""
-        desk = self.server.desk
-        command = SlashCommand.from_body(body, desk.settings.slash_tokens)
-        self.answer_person(desk.on_slash_command, command,
-                           lambda sentence: given_back(sentence, command.text))
-
-    def post_submission(self, body):
-        """Answer a dialog that was submitted."""
-        self.answer_person(self.server.desk.on_submission, Submission.from_body(body),
-                           lambda sentence: {"error": sentence})
-
-    def post_action(self, body):
-        """Answer a button that was pressed."""
-        self.answer_person(self.server.desk.on_press, Press.from_body(body),
-                           lambda sentence: {"ephemeral_text": sentence})
-
-    def answer_person(self, react, request, sorry):
-        """Answer a person, whatever happens: always with 200, and before Mattermost gives up.
+    def answer_person(self, route):
+        """Answer a person, whatever happens: with 200, and before Mattermost gives up.
 
         For anything else, Mattermost would throw the form away, and what was typed with it.
         """
-        def answer_late():
-            self.note = SLOW
-            self.answer(200, sorry(SLOW))
-
-        follow_up = None
-        self.server.unanswered[self.connection] = time.monotonic(), answer_late
+        deadline.ends = self.request.due
+        said, reaction = None, ()
         try:
-            answer, follow_up = react(request)
+            said = route.read(self.request.body(), self.server.desk.settings)
+            reaction = route.react(self.server.desk, said)
+            answer = next(reaction)
+        except Refused as refused:
+            self.refuse(refused)
+            return
         except Sorry as problem:
             self.note = f"{problem} {problem.__cause__ or ''}".rstrip()
-            answer = sorry(str(problem))
+            answer = route.sorry(str(problem), said)
         except Exception:  # a bug of ours must not cost anybody their text
             log.exception("POST %s failed", self.path)
-            answer = sorry(OUR_FAULT)
-        try:
-            if self.server.unanswered.pop(self.connection, None):
-                self.answer(200, answer)
-        finally:
-            if follow_up:
-                self.server.shutdown_request(self.connection)
-                follow_up()
+            answer = route.sorry(OUR_FAULT, said)
+        self.answer(200, answer)
+        self.server.shutdown_request(self.request)
+        deadline.ends = time.monotonic() + self.server.follow_up_within
+        for _ in reaction:
+            pass
 
     def refuse(self, refused):
         """Answer a request that Mattermost would not send."""
         self.note = str(refused)
         self.answer(refused.status, {"error": str(refused)}, *refused.headers)
 
-    def send_error(self, code, message=None, explain=None):
-        """Refuse what http.server itself has found wrong: in JSON, without a page or a banner."""
-        self.refuse(Refused(code, message or self.responses[code][0]))
-
     def answer(self, status, payload, *headers):
-        """Send the answer in one write: Mattermost 9.4 to 9.7 loses a body that comes later."""
+        """Send an answer in one write: Mattermost 9.4 to 9.7 loses a body that comes later."""
         body = json_bytes(payload)
         head = "\r\n".join((
             f"HTTP/1.1 {status} {self.responses[status][0]}",
@@ -1649,56 +1753,95 @@ class Handler(http.server.BaseHTTPRequestHandler):
             f"Content-Length: {len(body)}",
             "Connection: close",
             *headers, "", ""))
-        self.wfile.write(head.encode() + (b"" if self.command == "HEAD" else body))
+        with contextlib.suppress(OSError):  # a client that is gone: what was asked for is done
+            self.request.socket.settimeout(self.timeout)
+            self.request.socket.sendall(head.encode() + (b"" if self.command == "HEAD" else body))
         self.log_request(status)
 
     def log_request(self, code="-", size="-"):
         """Log a line for each answer, but for good health checks; never a query or a body."""
-        if code == 200 and self.path == "/health":
+        if code == 200 and self.path == HEALTH:
             return
         level = logging.WARNING if self.note or code != 200 else logging.INFO
-        log.log(level, "%s %s %r %s %s", self.client_address[0], self.command, self.path[:200],
-                code, self.note)
-
-    def log_message(self, format, *args):
-        """Say nothing more: http.server logs clients that are slow or gone."""
+        what = f"{self.command} {self.path[:200]!r}" if self.command else "no HTTP"
+        log.log(level, "%s %s %s %s", self.client_address, what, code, self.note)
 
 
-ROUTES = {
-    "/health": (("GET", "HEAD"), Handler.get_health),
-    "/ticket": (("POST",), Handler.post_command),
-    "/ticket/submit": (("POST",), Handler.post_submission),
-    "/ticket/action": (("POST",), Handler.post_action),
-}
+class Threads:
+    """Threads that are used again: a ThreadPoolExecutor without its futures, which cost too much.
+
+    Only one thread, the server's loop, may call run() and join().
+    """
+
+    def __init__(self, most):
+        self.most, self.threads = most, []
+        self.jobs, self.idle = queue.SimpleQueue(), threading.Semaphore(0)
+
+    def run(self, work, *details):
+        """Let an idle thread do some work, or a new one, or the next that is done."""
+        self.jobs.put((work, details))
+        if self.idle.acquire(blocking=False) or len(self.threads) >= self.most:
+            return
+        thread = threading.Thread(target=self.work_on)
+        with contextlib.suppress(RuntimeError):  # the system's limit is lower than ours
+            thread.start()
+            self.threads.append(thread)
+
+    def work_on(self):
+        """Do one job after the other, until there is a None."""
+        while job := self.jobs.get():
+            work, details = job
+            work(*details)
+            self.idle.release()
+
+    def join(self):
+        """Wait until all work is done."""
+        for _ in self.threads:
+            self.jobs.put(None)
+        for thread in self.threads:
+            thread.join()
+
+
+def raised_file_limit():
+    """Raise the soft limit of open files, which is often 1,024; return what it is then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # macOS has a limit that it does not tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return FILES if soft == resource.RLIM_INFINITY else soft
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """ThreadingHTTPServer, with threads that are used again and clients that are not trusted.
+    """ThreadingHTTPServer, with a thread only for a request that is all here.
 
-    A connection waits for its first byte without a thread (`silent`), then a thread reads its
-    request (`reading`) and works for the answer (`unanswered`). Each of these has its limit.
+    One loop, serve_forever(), owns every connection until its request is whole. It takes what has
+    arrived, judges the head as soon as it is there, and answers health checks and refusals itself:
+    a short answer to a new connection can't block. A whole request goes to a thread, which waits for
+    nobody but Mattermost. The others are in one table, `connections`, which is bounded in number,
+    time and memory; nothing that a client does can end the loop.
     """
 
     address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     request_queue_size = 1024
-    deadline = 10  # seconds in which a request has to arrive
-    hurry = 0.05  # seconds, while others wait for a thread
-    answer_within = 24  # seconds in which a person gets an answer; Mattermost gives up after 30
+    arrive_within = 10  # seconds in which a request has to arrive
+    grace = 0.1  # seconds in which a connection does not give way: the honest speak by then
     linger = 2  # seconds for which a refused client may go on sending
-    stop_within = 25  # seconds
+    answer_within = 24  # seconds in which a person gets an answer; Mattermost gives up after 30
+    follow_up_within = 20  # seconds for what is done after the answer
 
     def __init__(self, desk, port):
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        files = limit if limit != resource.RLIM_INFINITY else 2**20
-        self.most_threads = min(512, files // 4)  # each may open a connection to Mattermost as well
-        self.most_silent = min(4096, files // 3)
+        files = raised_file_limit()
+        self.most_connections = min(4096, files // 3)
+        # A thread may open a connection to Mattermost as well.
+        self.threads = Threads(min(512, files // 4))
         self.desk = desk
-        self.silent, self.reading, self.unanswered = {}, {}, {}
-        self.jobs, self.lock = queue.SimpleQueue(), threading.Lock()
-        self.threads = 0
-        self.idle = 0  # threads that wait for a job, less jobs that wait for a thread
+        self.connections = {}  # whose requests are not whole: keys, the oldest first
+        self.unfinished = 0  # bytes that they have sent
         self.next_look = 0.0
-        self.arrivals = selectors.DefaultSelector()
+        self.selector = selectors.DefaultSelector()
+        self.stopping, self.stopped = threading.Event(), threading.Event()
         super().__init__(("", port), Handler)
 
     def server_bind(self):
@@ -1709,150 +1852,154 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_port = self.server_address[1]
 
     def server_activate(self):
-        """Listen, and let `arrivals` tell of new connections as well as of first bytes."""
+        """Listen, and never wait in accept()."""
         super().server_activate()
         self.socket.setblocking(False)
-        self.arrivals.register(self.socket, selectors.EVENT_READ)
 
-    def fileno(self):
-        """Return what serve_forever() waits for."""
-        return self.arrivals.fileno()
+    def serve_forever(self, poll_interval=0.1):
+        """Serve until shutdown(): the stock loop looks at the listening socket only."""
+        self.selector.register(self.socket, selectors.EVENT_READ)
+        while not self.stopping.is_set():
+            self.serve(poll_interval)
+        self.selector.unregister(self.socket)
+        for _ in range(self.request_queue_size):  # whom the kernel has taken already
+            if not self.accept():
+                break
+        self.socket.close()
+        ends = time.monotonic() + 1  # for requests that are on their way
+        for connection in self.connections:
+            connection.due = min(connection.due, ends)
+        while self.connections:
+            self.serve(0.02)
+        self.threads.join()
+        self.selector.close()
+        self.stopped.set()
 
-    def get_request(self):
-        """Accept a connection; if that fails for want of files, do not ask again at once."""
-        try:
-            return super().get_request()
-        except BlockingIOError:  # not a new connection, but the first byte of an older one
-            raise
-        except OSError:
-            time.sleep(0.05)
-            raise
+    def shutdown(self):
+        """Stop accepting; return when all that was accepted is done, follow-ups included."""
+        self.stopping.set()
+        self.stopped.wait()
 
-    def process_request(self, request, client_address, waited=0):
-        """Answer a health check, let a thread read any other request, and let silence wait.
-
-        A health check that is all here can't block, and needs no thread: it is answered even if
-        all of them wait for Mattermost.
-        """
-        begin = b""
-        with contextlib.suppress(ConnectionError):
-            try:
-                begin = request.recv(HEAD_LIMIT, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                self.let_wait(request, client_address, waited)
-                return
-        if HEALTH_CHECK.fullmatch(begin):
-            self.process_request_thread(request, client_address)
-        else:
-            self.hand_over(request, client_address, waited)
-
-    def let_wait(self, request, client_address, waited):
-        """Let a connection wait for its first byte; if too many do, the oldest gives way."""
-        if len(self.silent) >= self.most_silent:
-            self.hang_up(next(iter(self.silent)))
-        self.silent[request] = time.monotonic() - waited
-        self.arrivals.register(request, selectors.EVENT_READ, client_address)
-
-    def service_actions(self):
-        """Hand over who has begun to speak; cut off who is too slow; answer where we are."""
-        for key, _ in self.arrivals.select(0) if self.silent else ():
-            if key.fileobj is not self.socket:
-                self.arrivals.unregister(key.fileobj)
-                waited = time.monotonic() - self.silent.pop(key.fileobj)
-                self.process_request(key.fileobj, key.data, waited)
+    def serve(self, seconds):
+        """Deal with all that arrives within some seconds, and cut off who is late."""
+        for key, _ in self.selector.select(seconds):
+            if key.fileobj is self.socket:
+                self.accept()
+            else:
+                self.receive(key.data)
         now = time.monotonic()
-        if self.idle < 0:  # the oldest requests give their threads to the connections that wait
-            for connection, since in list(self.reading.items())[:-self.idle]:
-                if now - since > self.hurry:
-                    self.hang_up(connection)
         if now < self.next_look:
             return
-        self.next_look = now + 0.25
-        for connection, since in [*self.silent.items(), *self.reading.items()]:
-            if now - since > self.deadline:
+        self.next_look = now + 0.05
+        for connection in [one for one in self.connections if one.due < now]:
+            self.hang_up(connection)
+
+    def accept(self):
+        """Accept a connection and take what it has sent already; return whether there was one.
+
+        Where the table is full, its oldest gives way, once it has had its time.
+        """
+        now = time.monotonic()
+        if len(self.connections) >= self.most_connections:
+            oldest = next(iter(self.connections))
+            if now - oldest.accepted < self.grace:
+                time.sleep(0.01)  # seconds; who waits to be accepted is kept by the kernel
+                return False
+            self.hang_up(oldest)
+        try:
+            request, (address, *_) = self.get_request()
+        except BlockingIOError:
+            return False
+        except OSError:  # no file is left: do not ask again at once
+            time.sleep(0.05)
+            return False
+        connection = Connection(
+            request, address.removeprefix("::ffff:"), now, now + self.arrive_within)
+        self.connections[connection] = True
+        self.receive(connection)
+        return True
+
+    def receive(self, connection):
+        """Take what has arrived of a request; whatever is wrong with it, only it can fail."""
+        try:
+            data = connection.socket.recv(65536, socket.MSG_DONTWAIT)
+            if data:
+                self.judge(connection, data)
+            else:
                 self.hang_up(connection)
-        for connection, (since, answer_late) in list(self.unanswered.items()):
-            if now - since > self.answer_within and self.unanswered.pop(connection, None):
-                answer_late()
+        except BlockingIOError:
+            self.let_wait(connection)
+        except OSError:
+            self.hang_up(connection)
+        except Exception:
+            self.handle_error(connection, connection.address)
+            self.hang_up(connection)
+
+    def judge(self, connection, data):
+        """Let a connection wait, answer it, or let a thread do so, as its request is so far."""
+        if connection.refused:
+            return
+        connection.received += data
+        self.unfinished += len(data)
+        try:
+            if not connection.is_whole():
+                self.let_wait(connection)
+                return
+        except Refused as refused:
+            connection.refused = refused
+        self.forget(connection)
+        if connection.refused or connection.head.path == HEALTH:
+            self.process_request_thread(connection, connection.address)
+        else:
+            self.process_request(connection, connection.address)
+
+    def let_wait(self, connection):
+        """Wait for more of a request; if all of them take too much memory, the oldest gives way."""
+        if not connection.watched:
+            self.selector.register(connection.socket, selectors.EVENT_READ, connection)
+            connection.watched = True
+        head = connection.head
+        if head and head.headers.pop(b"expect", None) and head.version == "HTTP/1.1":
+            connection.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n", socket.MSG_DONTWAIT)
+        if self.unfinished > UNFINISHED_LIMIT:
+            self.hang_up(next(one for one in self.connections if one.received))
+
+    def forget(self, connection):
+        """Wait no longer for more of a request."""
+        if self.connections.pop(connection, None):
+            self.unfinished -= len(connection.received)
+        if connection.watched:
+            self.selector.unregister(connection.socket)
+            connection.watched = False
 
     def hang_up(self, connection):
-        """End a connection whose request has not arrived; a thread that reads sees the end."""
-        if self.silent.pop(connection, None):
-            self.arrivals.unregister(connection)
-            self.close_request(connection)
-        elif self.reading.pop(connection, None):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+        """End a connection without an answer."""
+        self.forget(connection)
+        self.close_request(connection.socket)
 
-    def hand_over(self, request, client_address, waited):
-        """Let a thread read a request: an idle one, a new one, or the next that is done."""
-        with self.lock:
-            self.idle -= 1
-            new = self.idle < 0 and self.threads < self.most_threads
-            if new:
-                self.idle += 1
-                self.threads += 1
-        self.jobs.put((request, client_address, waited))
-        if new:
-            try:
-                threading.Thread(target=self.work, daemon=True).start()
-            except RuntimeError:  # the system's limit is lower than ours
-                with self.lock:
-                    self.idle -= 1
-                    self.threads -= 1
-
-    def work(self):
-        """Answer one request after the other, until the job is None."""
-        while job := self.jobs.get():
-            request, client_address, waited = job
-            self.reading[request] = time.monotonic() - waited
-            self.process_request_thread(request, client_address)
-            with self.lock:
-                self.idle += 1
+    def process_request(self, request, client_address):
+        """Let a thread answer a request: one that is idle, or a new one while there are few."""
+        request.due = time.monotonic() + self.answer_within
+        self.threads.run(self.process_request_thread, request, client_address)
 
     def shutdown_request(self, request):
-        """Close a connection; if its client may still be sending, let it see the answer first.
+        """Close a connection; a refused client may still be sending: let it see the answer first.
 
         To close with unread data would reset the connection, and the answer with it.
         """
-        if self.reading.pop(request, None):
-            with contextlib.suppress(OSError):
-                request.shutdown(socket.SHUT_WR)
-                ends = time.monotonic() + self.linger
-                while (left := ends - time.monotonic()) > 0:
-                    request.settimeout(left)
-                    if not request.recv(65536):
-                        break
-        self.close_request(request)
+        if not request.refused:
+            super().shutdown_request(request.socket)
+            return
+        with contextlib.suppress(OSError):
+            request.socket.shutdown(socket.SHUT_WR)
+        request.received.clear()
+        request.due = time.monotonic() + self.linger
+        self.connections[request] = True
+        self.let_wait(request)
 
     def handle_error(self, request, client_address):
-        """Log our own errors; a client that went away is none."""
-        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
-            log.exception("a request of %s failed", client_address[0])
-
-    def stop(self):
-        """Stop accepting, and finish what has been accepted, follow-ups included."""
-        self.shutdown()
-        self.deadline = 1  # for requests that are on their way
-        ends = time.monotonic() + self.stop_within
-        self.arrivals.unregister(self.socket)
-        with contextlib.suppress(OSError):  # until nobody waits to be accepted
-            for _ in range(self.request_queue_size):
-                self.process_request(*self.get_request())
-        self.socket.close()  # at once: who connects in between is not answered
-        while (self.silent or self.busy()) and time.monotonic() < ends:
-            self.arrivals.select(0.02)
-            self.service_actions()
-        if self.busy():
-            log.warning("stopping, although %d requests are not finished", self.threads - self.idle)
-        for _ in range(self.threads):
-            self.jobs.put(None)
-        self.arrivals.close()
-
-    def busy(self):
-        """Return whether a thread works, or work waits for a thread."""
-        with self.lock:
-            return self.idle < self.threads
+        """Log a bug of ours: what clients do is no error."""
+        log.exception("a request of %s failed", client_address)
 
 
 # --------------------------------------------------------------------- 9. The command line
@@ -1862,7 +2009,6 @@ def serve(settings):
     # Blocked before any thread starts, so that sigwait() gets them; nothing else ends a PID 1.
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    sys.setswitchinterval(0.0005)  # seconds; a busy thread holds up the others for less time
     desk = Desk(settings)
     try:
         server = Server(desk, settings.port)
@@ -1874,7 +2020,7 @@ def serve(settings):
     threading.Thread(target=log_checks, args=(desk,), daemon=True).start()
     signal.sigwait(signals)
     log.info("stopping")
-    server.stop()
+    server.shutdown()
     desk.close()
     return 0
 
