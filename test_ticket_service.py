@@ -19,6 +19,7 @@ import contextlib
 import datetime
 import http.client
 import http.server
+import io
 import itertools
 import json
 import logging
@@ -57,30 +58,359 @@ SECRET = "zudngrq4fb8jic1qx8pnbuexza"
 DIRECT = "qfa7ohwi17r5uxpthn5gy63fwo"
 ARCHIVED = "e7uq8rmkx3fq9gh4tmob1cnzaw"
 OTHERS = "a89o8q346ib8tmwda66iacqita"
+THREAD = "n7gqc3ru5pdr8y6ek4hhi1b3mo"
 NO_PERMISSION = (403, "api.context.permissions.app_error")
+STATUSES = ticket_service.STATUSES
+OPEN = STATUSES["open"]
 TRIGGER_EXPIRED = "interactive_message.decode_trigger_id.expired"
 TICKET_ID = r"^Ticket-\d{8}-[0-9A-HJKMNP-TV-Z]{4}$"
 
-# A certificate for 127.0.0.1 that is its own CA. The key is no secret: nobody else trusts it.
-CERTIFICATE = """\
+
+# -------------------------------------------------------------------------------- the base case
+
+def in_threads(number, work):
+    """Run work(0), work(1), … at the same time; raise what one of them raised."""
+    trouble = []
+
+    def run(index):
+        try:
+            work(index)
+        except BaseException as error:
+            trouble.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if trouble:
+        raise trouble[0]
+
+
+class LogLines(logging.Handler):
+    """Keeps what the service logs."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(logging.Formatter("%(levelname)s %(message)s").format(record))
+
+
+def pattern(sentence):
+    """Return a regular expression for a sentence with {values} in it."""
+    return re.sub(r"\\{\w+\\}", ".+", re.escape(sentence))
+
+
+def cant_post(obstacle, after="command"):
+    """Return what is said where the bot can't post."""
+    return ticket_service.CANT_POST[obstacle][after].format(bot="ticket-bot")
+
+
+def answers_to(form=ticket_service.FORM, mark="typed"):
+    """Return answers that fit a form, whatever its elements are; each text holds the mark."""
+    special = {"number": 42, "email": "alice@example.com", "url": "https://example.com/"}
+
+    def answer_to(element):
+        if element["type"] == "bool":
+            return True
+        if "options" in element:
+            return element["options"][0]["value"]
+        return special.get(element.get("subtype"), f"{mark} {element['name']}")
+
+    return {element["name"]: answer_to(element) for element in form["elements"]}
+
+
+class Case(unittest.TestCase):
+    """A stand-in Mattermost, and a service that is made for it on demand."""
+
+    environment = {}
+
+    def setUp(self):
+        self.log = LogLines()
+        ticket_service.log.addHandler(self.log)
+        ticket_service.log.setLevel(logging.DEBUG)
+        ticket_service.log.propagate = False
+        self.addCleanup(ticket_service.log.removeHandler, self.log)
+        self.mattermost = self.start_stand_in()
+        self.start_service()
+
+    def start_stand_in(self, **details):
+        stand_in = StandIn(**details)
+        thread = threading.Thread(target=stand_in.serve_forever, args=(0.005,))
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(stand_in.server_close)
+        self.addCleanup(stand_in.shutdown)
+        self.addCleanup(lambda: self.assertEqual(stand_in.complaints, []))
+        return stand_in
+
+    def settings(self, **changes):
+        environment = {"MATTERMOST_URL": self.mattermost.url, "BOT_TOKEN": BOT_TOKEN,
+                       "SLASH_TOKEN": SLASH_TOKEN, "CALLBACK_URL": CALLBACK_URL, "PORT": "0"}
+        return {**environment, **self.environment, **changes}
+
+    def start_service(self, **changes):
+        """Return a running server; the stand-in's people use the one that was started last."""
+        settings = ticket_service.Settings.from_environment(self.settings(**changes))
+        desk = ticket_service.Desk(settings)
+        server = ticket_service.Server(desk, settings.host, settings.port)
+        desk.wait_at_stop, desk.mattermost.pause = 0, 0.02
+        desk.presses.first_look, desk.presses.shown_within = 0.005, 0.2
+        thread = threading.Thread(target=server.serve_forever, args=(0.005,))
+        thread.start()
+        self.mattermost.service = ("127.0.0.1", server.server_port)
+        self.service = server
+        self.addCleanup(self.stop_service, server, thread)
+        return server
+
+    def start_with_form(self, form, **changes):
+        """Return a running server whose form is another one, from a file."""
+        folder = self.enterContext(tempfile.TemporaryDirectory())
+        form_file = Path(folder) / "form.json"
+        form_file.write_text(json.dumps(form), encoding="utf-8")
+        return self.start_service(FORM_FILE=str(form_file), **changes)
+
+    def stop_service(self, server, thread):
+        """Stop a server, and look for what must not be in its log."""
+        if thread.is_alive():
+            server.shutdown()
+            thread.join()
+        server.desk.close()
+        self.assert_nothing_private_logged()
+
+    def assert_nothing_private_logged(self):
+        private = [BOT_TOKEN, SLASH_TOKEN, "typed", "hookhookhook", *self.mattermost.hooks]
+        private += [dialog.get("state", "-") for _, _, dialog in self.mattermost.dialogs]
+        for line in self.log.lines:
+            for text in private:
+                self.assertNotIn(text, line)
+            self.assertNotRegex(line, "[\x00-\x08\x0b-\x1f]")
+
+    def post(self, path, body):
+        """Return status, JSON and headers of the answer to a POST that is not Mattermost's."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.mattermost.service[1], timeout=30)
+        with contextlib.closing(connection):
+            connection.request("POST", path, body)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read()), answer.headers
+
+    def health(self):
+        """Return the JSON of the answer to a health check."""
+        connection = http.client.HTTPConnection(*self.mattermost.service, timeout=5)
+        with contextlib.closing(connection):
+            connection.request("GET", "/health")
+            return json.loads(connection.getresponse().read())
+
+    def file(self, answers=None, **details):
+        """Type /ticket, and submit the dialog; return what Mattermost's client is told."""
+        self.assertEqual(self.mattermost.run_command(), "")
+        return self.mattermost.submit_dialog(answers or answers_to(), **details)
+
+    def forget_connections(self):
+        """Let the next call use a fresh connection: on a kept one, it would be tried again."""
+        self.service.desk.mattermost.connections.close()
+
+    def assert_logged(self, pattern):
+        self.eventually(lambda: any(re.search(pattern, line) for line in self.log.lines),
+                        f"a log line with {pattern!r}")
+
+    def eventually(self, condition, what="it"):
+        """Wait until something that happens after the answer has happened."""
+        ends = time.monotonic() + 5
+        while not condition():
+            self.assertLess(time.monotonic(), ends, f"{what} did not happen")
+            time.sleep(0.005)
+
+
+# ------------------------------------------------------------------------- the story of a ticket
+
+class TicketTest(Case):
+    def test_a_ticket_from_the_command_to_the_confirmation(self):
+        self.assertEqual(self.mattermost.run_command("disk is full"), "")
+        user, url, dialog = self.mattermost.dialogs[0]
+        self.assertEqual((user, url), (ALICE, CALLBACK_URL + "/ticket/submit"))
+        problem = next(e for e in dialog["elements"] if e["type"] == "textarea")
+        self.assertEqual(problem["default"], "disk is full")
+        self.assertEqual(self.mattermost.posts, {})
+        self.assert_logged("INFO SLASH_TOKEN fits")
+
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        [root] = self.mattermost.roots()
+        ticket_id = root["props"]["ticket_id"]
+        self.assertRegex(ticket_id, TICKET_ID)
+        self.assertEqual(ticket_id[7:15], time.strftime("%Y%m%d", time.gmtime()))
+        self.assertEqual(root["channel_id"], HELPDESK)
+        self.assertEqual(root["hashtags"], f"#{ticket_id} {OPEN['tag']}")
+        self.assertIs(root["props"]["is_ticket"], True)
+        ticket = root["props"]["ticket"]
+        self.assertEqual((ticket["user_id"], ticket["user_name"]), (ALICE, "alice"))
+        self.assertEqual(ticket["answers"], answers_to())
+        self.assertAlmostEqual(ticket["created_at"], time.time() * 1000, delta=60_000)
+        self.assertEqual(ticket["nonce"], root["pending_post_id"])
+
+        self.eventually(self.mattermost.replies, "the reply")
+        [reply] = self.mattermost.replies()
+        self.assertEqual((reply["root_id"], reply["message"]), (root["id"], ticket_service.REPLY))
+        [(user, channel, text)] = self.mattermost.ephemeral
+        self.assertEqual((user, channel), (ALICE, HELPDESK))
+        self.assertEqual(text, ticket_service.CONFIRMATION.format(
+            ticket_id=ticket_id, link=f"{self.mattermost.url}/_redirect/pl/{root['id']}"))
+        self.assert_logged("INFO CALLBACK_URL works")
+        self.assert_logged(f"ticket={ticket_id} user=alice channel={HELPDESK} post={root['id']}")
+
+    def test_the_ticket_is_posted_exactly_like_this(self):
+        form = {"title": "New ticket", "mention": "@helpdesk", "elements": [
+            {"type": "select", "name": "cluster", "display_name": "Cluster", "options": [
+                {"text": "Production", "value": "prod", "mention": "@vsphere-oncall"}]},
+            {"type": "text", "name": "resource", "display_name": "VM / resource"},
+            {"type": "textarea", "name": "problem", "display_name": "Problem description"},
+            {"type": "textarea", "name": "network", "display_name": "Network information",
+             "code": True}]}
+        self.start_with_form(form)
+        self.assertEqual(self.mattermost.run_command(root_id=THREAD), "")
+        self.assertEqual(self.mattermost.submit_dialog({
+            "cluster": "prod", "resource": "vm-042", "problem": "disk is full\nsince nine",
+            "network": "10.0.0.4:443"}), {})
+        [root] = self.mattermost.roots()
+        link = f"{self.mattermost.url}/_redirect/pl/{THREAD}"
+        self.assertEqual(root["message"], f"""\
+#### #{root['props']['ticket_id']} · @alice
+{ticket_service.STATUSES['open']['line']}
+{ticket_service.THREAD.format(link=link)}
+{ticket_service.FOR.format(mention='@helpdesk')}
+**Cluster:** `Production` @vsphere-oncall
+**VM / resource:** `vm-042`
+**Problem description:**
+> disk is full
+> since nine
+
+**Network information:**
+```
+10.0.0.4:443
+```""")
+
+    def test_200_tickets_from_20_threads_have_200_ids(self):
+        for _ in range(200):
+            self.assertEqual(self.mattermost.run_command(), "")
+
+        def submit_ten(thread):
+            for number in range(10 * thread, 10 * thread + 10):
+                self.assertEqual(self.mattermost.submit_dialog(answers_to(), number), {})
+
+        in_threads(20, submit_ten)
+        ids = [root["props"]["ticket_id"] for root in self.mattermost.roots()]
+        self.assertEqual((len(ids), len(set(ids))), (200, 200))
+        for ticket_id in ids:
+            self.assertRegex(ticket_id, TICKET_ID)
+
+    def test_20_simultaneous_submissions_make_one_ticket_one_reply_one_confirmation(self):
+        self.mattermost.run_command()
+        self.mattermost.script("POST /posts", slow(0.1))
+        in_threads(20, lambda _: self.assertEqual(self.mattermost.submit_dialog(answers_to()), {}))
+        self.eventually(self.mattermost.replies, "the reply")
+        self.assertEqual(len(self.mattermost.posts), 2)
+        self.assertEqual(len(self.mattermost.ephemeral), 1)
+        self.assertEqual(len(self.mattermost.made("POST /posts")), 2)
+
+    def test_the_same_submission_a_minute_later_makes_no_second_ticket(self):
+        self.file()
+        self.eventually(self.mattermost.replies, "the reply")
+        self.mattermost.pending.clear()  # Mattermost remembers for 30 seconds
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.assertEqual(len(self.mattermost.posts), 2)
+        self.assertEqual(len(self.mattermost.ephemeral), 1)
+
+    def test_two_dialogs_of_one_person_make_two_tickets(self):
+        self.file()
+        self.file()
+        first, second = (root["props"]["ticket_id"] for root in self.mattermost.roots())
+        self.assertLess(first, second)
+
+    def test_a_dialog_that_is_cancelled_makes_no_ticket(self):
+        self.mattermost.run_command()
+        self.assertEqual(self.mattermost.submit_dialog({}, cancelled=True), {})
+        self.assertEqual(self.mattermost.posts, {})
+
+    def test_the_channel_is_the_one_where_the_command_was_typed(self):
+        self.assertEqual(self.file(channel_id=QUIET, team_id="other"), {})
+        self.assertEqual([root["channel_id"] for root in self.mattermost.roots()], [HELPDESK])
+
+    def test_one_channel_can_get_all_tickets(self):
+        self.start_service(TICKET_CHANNEL=QUIET)
+        self.assertEqual(self.mattermost.run_command(channel_id=DIRECT), "")
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.eventually(self.mattermost.replies, "the reply")
+        self.assertEqual({post["channel_id"] for post in self.mattermost.posts.values()}, {QUIET})
+        self.assertEqual(self.mattermost.ephemeral[0][:2], (ALICE, DIRECT))
+
+    def test_mattermost_can_be_at_a_sub_path(self):
+        self.mattermost.sub_path = "/chat"
+        self.start_service(MATTERMOST_URL=self.mattermost.url + "/chat/")
+        self.assertEqual(self.file(), {})
+        self.eventually(self.mattermost.replies, "the reply")
+        self.assertEqual(len(self.mattermost.ephemeral), 1)
+
+    def test_every_version_of_mattermost_is_understood(self):
+        self.start_service(SLASH_TOKEN=", ".join(token for token, *_ in RECORDED.values()))
+        for version, (_, command, submission) in RECORDED.items():
+            with self.subTest(version):
+                fields = dict(urllib.parse.parse_qsl(command))
+                channel_id, user = fields["channel_id"], fields["user_id"]
+                hook = fields["response_url"].rpartition("/")[2]
+                self.mattermost.channels[channel_id] = Channel("recorded", members=(user, BOT))
+                self.mattermost.triggers[fields["trigger_id"]] = user
+                self.mattermost.hooks[hook] = [5, user, channel_id]
+                answer = self.post("/ticket", command)
+                self.assertEqual(answer[:2], (200, {}))
+                _, _, dialog = self.mattermost.dialogs[-1]
+                problem = next(e for e in dialog["elements"] if e["type"] == "textarea")
+                self.assertEqual(problem["default"],
+                                 'disk is full on @bob see ~quiet & 100% "ok"\nsecond line')
+                submission = submission.replace("STATE", dialog["state"])
+                self.assertEqual(self.post("/ticket/submit", submission)[:2], (200, {}))
+                self.eventually(lambda: self.mattermost.hooks[hook][0] == 4, "the confirmation")
+                root = self.mattermost.roots()[-1]
+                self.assertEqual(root["channel_id"], channel_id)
+                self.assertEqual(root["props"]["ticket"]["answers"], {
+                    "cluster": "prod", "resource": "vm-042",
+                    "problem": "disk is full\nsince nine @all"})
+
+
+# ------------------------------------------------------------------------------------- recordings
+
+# A certificate for 127.0.0.1, its key, and the CA that signed it: one without key usage, and whose
+# basic constraints are not critical, as private CAs often are. The key is no secret: nobody else
+# trusts that CA, whose own key is gone.
+CERTIFICATES = """\
 -----BEGIN CERTIFICATE-----
-MIIB1jCCAX2gAwIBAgIUEbC6y0bO4OokYGOXBdxCdBS/JkwwCgYIKoZIzj0EAwIw
-KjEoMCYGA1UEAwwfZm9yIHRoZSB0ZXN0cyBvZiB0aWNrZXRfc2VydmljZTAgFw0y
-NjExMjMxNTEwNTJaGA8yMTI2MTAzMDE1MTA1MlowKjEoMCYGA1UEAwwfZm9yIHRo
-ZSB0ZXN0cyBvZiB0aWNrZXRfc2VydmljZTBZMBMGByqGSM49AgEGCCqGSM49AwEH
-A0IABLaDjCbZTKu2lz4IQa6IJjcPrYtasKL0IEQZ7eV1FMqfobOCG7tkf9YY+8KG
-8n8yHlY+OeiUPT89NcgiEG7Es9ejfzB9MB0GA1UdDgQWBBRiVCT0AwhEeR0I8Mi5
-tHAuGKIjRzAfBgNVHSMEGDAWgBRiVCT0AwhEeR0I8Mi5tHAuGKIjRzAPBgNVHRMB
-Af8EBTADAQH/MA4GA1UdDwEB/wQEAwIChDAaBgNVHREEEzARhwR/AAABgglsb2Nh
-bGhvc3QwCgYIKoZIzj0EAwIDRwAwRAIgZtLxLjSKT89yIoJtY2mn1dmVnqXDrIrs
-tay+MkOQO/UCID9LKC7hZdgK3aPwbPJ8FMbyFLjT8HVS1U+YeMqOll6X
+MIIBhDCCASugAwIBAgIBAjAKBggqhkjOPQQDAjAiMSAwHgYDVQQDDBd0ZXN0cyBv
+ZiB0aWNrZXRfc2VydmljZTAgFw0yNjExMjUxNDU4NDlaGA8yMTI2MTEwMTE0NTg0
+OVowFDESMBAGA1UEAwwJMTI3LjAuMC4xMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcD
+QgAEGIV+SgZx++3t4zMcUfQJ7WEJnYAzNKoYx/rWu4N48kLnC6xQHQ2bE4g61zQo
+NTaWf5/KgHP7eJfgWg9R6LOPUaNeMFwwGgYDVR0RBBMwEYcEfwAAAYIJbG9jYWxo
+b3N0MB0GA1UdDgQWBBSTSB95Gj0XCAd2W4B4CzLkTtomLzAfBgNVHSMEGDAWgBQR
+A/5UUANAcWP7prN5LV9rkrWdozAKBggqhkjOPQQDAgNHADBEAiAsemTZbQ8l7+4t
+8sOPj+n985Bo0AOASW3H8RrxAfF1CAIgVwqo7BZ1X2cp4tcMD9NjwfV07NlBmVx7
+zBZMh3lV3kg=
+-----END CERTIFICATE-----
+-----BEGIN CERTIFICATE-----
+MIIBZDCCAQqgAwIBAgIBATAKBggqhkjOPQQDAjAiMSAwHgYDVQQDDBd0ZXN0cyBv
+ZiB0aWNrZXRfc2VydmljZTAgFw0yNjExMjUxNDU4NDhaGA8yMTI2MTEwMTE0NTg0
+OFowIjEgMB4GA1UEAwwXdGVzdHMgb2YgdGlja2V0X3NlcnZpY2UwWTATBgcqhkjO
+PQIBBggqhkjOPQMBBwNCAAQYqp4NVR724Pkc8JD2h6OGgrYChHdYlUu7QM7n+Zd2
+RhcaRomP9bCiFce+qyIIk7vErYChVkgTFWKwZeeEc3YXoy8wLTAMBgNVHRMEBTAD
+AQH/MB0GA1UdDgQWBBQRA/5UUANAcWP7prN5LV9rkrWdozAKBggqhkjOPQQDAgNI
+ADBFAiEAgXOPintoSk+cs6yhxy7MX5Husj7SdcsEk5aI24lOSFsCIHTzCPEzSaoL
+q7HwosgHR5bCJ9bNje9sXcNmKVx5AjBV
 -----END CERTIFICATE-----
 """
 PRIVATE_KEY = """\
 -----BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgBaagKEC4ODeD/5s8
-jKz5t8FlXua8ZK5RfPVhSLbzFjWhRANCAAS2g4wm2Uyrtpc+CEGuiCY3D62LWrCi
-9CBEGe3ldRTKn6Gzghu7ZH/WGPvChvJ/Mh5WPjnolD0/PTXIIhBuxLPX
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg08QKXEJlppNy+7t/
+NAeustDMzQiE4WWF06yr2habYJehRANCAAQYhX5KBnH77e3jMxxR9AntYQmdgDM0
+qhjH+ta7g3jyQucLrFAdDZsTiDrXNCg1NpZ/n8qAc/t4l+BaD1Hos49R
 -----END PRIVATE KEY-----
 """
 
@@ -134,7 +464,6 @@ RECORDED = {
 }
 
 
-
 # ----------------------------------------------------------------------- the stand-in Mattermost
 
 def new_id():
@@ -148,8 +477,9 @@ def is_call(wanted, call):
 
 
 def hashtags(message):
-    """Return what Mattermost finds by its hashtag search."""
-    return " ".join(re.findall(r"(?<!\S)#[A-Za-z][\w-]*", message))
+    """Return what Mattermost finds by its hashtag search: the first 1,000 characters, code too."""
+    found = " ".join(re.findall(r"(?<![^\s>])#[A-Za-z][\w.-]*\w", message))
+    return found if len(found) <= 1000 else found[:1000].rpartition(" ")[0]
 
 
 def as_seen(post):
@@ -176,6 +506,16 @@ class Failure(Exception):
     """An answer of Mattermost's other than success: status and id of its error object."""
 
 
+DIALOG_KEYS = {
+    "dialog": {"callback_id": str, "title": str, "introduction_text": str, "icon_url": str,
+               "elements": list, "submit_label": str, "notify_on_cancel": bool, "state": str},
+    "element": {"display_name": str, "name": str, "type": str, "subtype": str, "default": str,
+                "placeholder": str, "help_text": str, "optional": bool, "min_length": int,
+                "max_length": int, "data_source": str, "options": list},
+    "option": {"text": str, "value": str},
+}
+
+
 class StandIn(http.server.ThreadingHTTPServer):
     """A Mattermost with one team, and the people who use it.
 
@@ -193,6 +533,12 @@ class StandIn(http.server.ThreadingHTTPServer):
         self.site_url = self.url
         self.sub_path = ""  # where its addresses begin
         self.roles = "system_user"
+        self.is_bot = True
+        self.permissions = {
+            "system_user": ["create_team"], "team_user": ["list_team_channels"],
+            "channel_user": ["edit_post", "create_post"],
+            "system_post_all": ["create_post"], "system_post_all_public": ["create_post_public"],
+            "system_admin": ["create_post", "create_post_ephemeral"]}
         self.teams = [{"id": TEAM, "name": "ops"}]
         self.channels = {
             HELPDESK: Channel("helpdesk", members=(ALICE, BOB, BOT)),
@@ -325,10 +671,18 @@ class StandIn(http.server.ThreadingHTTPServer):
             self.complain(f"errors for fields that are not there: {answer}")
         return answer
 
-    def press(self, post_id, user=BOB, /, **changes):
-        """Let a person press the button of a post; return what they see: "" or ephemeral text."""
+    def buttons(self, post_id):
+        """Return the buttons of a post, by their names."""
+        [attachment] = self.posts[post_id]["props"]["attachments"]
+        return {action["name"]: action for action in attachment["actions"]}
+
+    def press(self, post_id, button, user=BOB, /, action=None, **changes):
+        """Let a person press a button of a post, or one that was there; return what they see.
+
+        That is "" or an ephemeral text.
+        """
         post = self.posts[post_id]
-        [action] = post["props"]["attachments"][0]["actions"]
+        action = action or self.buttons(post_id)[button]
         request = {
             "user_id": user, "user_name": USERS[user], "channel_id": post["channel_id"],
             "channel_name": self.channels[post["channel_id"]].name, "team_id": TEAM,
@@ -357,11 +711,28 @@ class StandIn(http.server.ThreadingHTTPServer):
     # What the service asks of it
 
     def user(self):
-        return {"id": BOT, "username": "ticket-bot", "roles": self.roles, "is_bot": True}
+        return {"id": BOT, "username": "ticket-bot", "roles": self.roles,
+                "is_bot": self.is_bot}
 
     def bot_may_post(self, channel_id):
-        channel = self.channels.get(channel_id)
-        return channel and (BOT in channel.members or "system_post_all" in self.roles.split())
+        channel, roles = self.channels.get(channel_id), self.roles.split()
+        if not channel:
+            return False
+        if BOT in channel.members:
+            roles += ["team_user", "channel_user"]
+        granted = {permission for role in roles for permission in self.permissions.get(role, ())}
+        return "create_post" in granted or ("create_post_public" in granted
+                                            and channel.kind == "O")
+
+    def get_team_member(self, _, team_id):
+        if team_id != TEAM:
+            raise Failure(*NO_PERMISSION)
+        return 200, {"team_id": TEAM, "user_id": BOT, "roles": "team_user", "delete_at": 0}
+
+    def get_roles(self, names):
+        known = [{"id": new_id(), "name": name, "permissions": self.permissions[name]}
+                 for name in names if name in self.permissions]
+        return 200, known or None
 
     def get_channel(self, _, channel_id):
         channel = self.channels.get(channel_id)
@@ -443,11 +814,13 @@ class StandIn(http.server.ThreadingHTTPServer):
             raise Failure(*NO_PERMISSION)
         return 200, as_seen(post)
 
-    def get_posts(self, _, channel_id):
-        if not self.bot_may_post(channel_id) or BOT not in self.channels[channel_id].members:
+    def get_posts(self, _, channel_id, query):
+        if BOT not in self.channels[channel_id].members:
             raise Failure(*NO_PERMISSION)
-        found = {post_id: as_seen(post) for post_id, post in self.posts.items()
-                 if post["channel_id"] == channel_id}
+        since = int(dict(urllib.parse.parse_qsl(query))["since"])
+        found = {post_id: {**as_seen(post), "reply_count": 0}
+                 for post_id, post in self.posts.items()
+                 if post["channel_id"] == channel_id and post["update_at"] > since}
         return 200, {"order": list(found)[::-1], "posts": found}
 
     def create_ephemeral_post(self, body):
@@ -479,33 +852,42 @@ class StandIn(http.server.ThreadingHTTPServer):
         """Complain of a dialog that Mattermost would only log, and refuse what it refuses."""
         kinds = {"text": 150, "textarea": 3000, "select": 3000, "radio": 3000, "bool": 150}
         limits = [("title", dialog["title"], 1, 24)]
+        self.check_keys(dialog, "dialog")
         for element in dialog["elements"]:
             name, most = element["name"], kinds[element["type"]]
-            if type(element.get("optional", False)) is not bool:
-                raise Failure(400, "api.context.invalid_body_param.app_error")
+            self.check_keys(element, "element")
             limits += [("name", name, 1, 300), ("display_name", element["display_name"], 1, 24),
                        ("help_text", element.get("help_text", ""), 0, 150),
                        ("placeholder", element.get("placeholder", ""), 0, most),
                        ("default", element.get("default", ""), 0, most)]
             for option in element.get("options", ()):
-                if set(option) != {"text", "value"}:
-                    self.complain(f"an option that Mattermost does not know: {option}")
+                self.check_keys(option, "option")
         for what, text, least, most in limits:
             if not least <= len(text.encode()) <= most:
                 self.complain(f"{what} has {len(text.encode())} bytes")
         if len({element["name"] for element in dialog["elements"]}) < len(dialog["elements"]):
             self.complain("two elements have the same name")
 
+    def check_keys(self, thing, what):
+        """Complain of a key that Mattermost does not know, and refuse a value of a wrong type."""
+        for key, value in thing.items():
+            if key not in DIALOG_KEYS[what]:
+                self.complain(f"Mattermost knows no {key} of a {what}")
+            elif type(value) is not DIALOG_KEYS[what][key]:
+                raise Failure(400, "api.context.invalid_body_param.app_error")
+
 
 ROUTES = [
-    ("GET", "/api/v4/config/client", lambda self, _: (200, {
+    ("GET", r"/api/v4/config/client\?format=old", lambda self, _: (200, {
         "Version": self.version, "BuildNumber": "", "SiteURL": self.site_url})),
     ("GET", "/api/v4/users/me", lambda self, _: (200, self.user())),
     ("GET", "/api/v4/users/me/teams", lambda self, _: (200, self.teams)),
     ("GET", "/api/v4/channels/([a-z0-9]{26})", StandIn.get_channel),
     ("GET", "/api/v4/channels/([a-z0-9]{26})/members/me", StandIn.get_member),
     ("POST", "/api/v4/channels/([a-z0-9]{26})/members", StandIn.join),
-    ("GET", "/api/v4/channels/([a-z0-9]{26})/posts", StandIn.get_posts),
+    ("GET", r"/api/v4/channels/([a-z0-9]{26})/posts\?(since=\d+)", StandIn.get_posts),
+    ("GET", "/api/v4/teams/([a-z0-9]{26})/members/me", StandIn.get_team_member),
+    ("POST", "/api/v4/roles/names", StandIn.get_roles),
     ("POST", "/api/v4/posts", StandIn.create_post),
     ("GET", "/api/v4/posts/([a-z0-9]{26})", StandIn.get_post),
     ("POST", "/api/v4/posts/ephemeral", StandIn.create_ephemeral_post),
@@ -523,8 +905,8 @@ class StandInHandler(http.server.BaseHTTPRequestHandler):
 
     def respond(self):
         text = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        path = self.path.partition("?")[0].removeprefix(self.server.sub_path)
-        call = f"{self.command} {path.removeprefix('/api/v4')}"
+        path = self.path.removeprefix(self.server.sub_path)
+        call = f"{self.command} {path.partition('?')[0].removeprefix('/api/v4')}"
         stand_in = self.server
         with stand_in.lock:
             stand_in.calls.append(call)
@@ -547,6 +929,8 @@ class StandInHandler(http.server.BaseHTTPRequestHandler):
             return None
         if text and (b"\\u" in text or self.headers.get("Content-Type") != "application/json"):
             self.server.complain("a body that is not JSON in UTF-8 without escapes")
+        if text and "Python" in self.headers.get("User-Agent", "Python"):
+            self.server.complain("a User-Agent that bot lists refuse")
         return json.loads(text) if text else None
 
     def work(self, path, text):
@@ -565,7 +949,7 @@ class StandInHandler(http.server.BaseHTTPRequestHandler):
                         return answer(stand_in, json.loads(text) if text else None, *match.groups())
             raise Failure(404, "api.context.404.app_error")
         except Failure as failure:
-            return error_answer(*failure.args)
+            return error_answer(*failure.args, self.exchange[1])
 
     def reply(self, status, payload, **headers):
         self.exchange[3] = status
@@ -585,17 +969,19 @@ class StandInHandler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def error_answer(status, error_id):
-    """Return an answer with Mattermost's error object; its words hold what must not be logged."""
-    return status, {"id": error_id, "message": "Failed to handle command webhook hookhookhook.",
-                    "detailed_error": "", "request_id": new_id(), "status_code": status}
+def error_answer(status, error_id, call):
+    """Return an answer with Mattermost's error object; only for a post may its words be logged."""
+    words = "The post\nwas refused." if call == "POST /posts" else "Failed to handle hookhookhook."
+    return status, {"id": error_id, "message": words, "detailed_error": "hookhookhook",
+                    "request_id": new_id(), "status_code": status}
 
 
 # What the stand-in can be scripted to do instead: each takes the handler and the real work
 
 def fails(status, error_id="", **headers):
     """Answer with an error, and do nothing."""
-    return lambda handler, _: handler.reply(*error_answer(status, error_id), **headers)
+    return lambda handler, _: handler.reply(
+        *error_answer(status, error_id, handler.exchange[1]), **headers)
 
 
 def says(answer):
@@ -670,665 +1056,8 @@ def closes(handler, work):
     handler.reply(*work(), Connection="close")
 
 
-# ---------------------------------------------------------------------------------- the demo
-
-# What the page's switches make of Mattermost: which calls fail, and how
-FAILURES = {
-    "well": None,
-    "down": ("", hangs_up),
-    "slow": ("", slow(6)),
-    "refusing the post": ("POST /posts", fails(400, "api.post.rejected.app_error")),
-    "losing the answer": ("POST /posts", loses_the_answer),
-}
-
-PAGE = r"""<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<title>Mattermost Ticket: demo</title>
-<link rel="icon" href="data:,">
-<style>
-body { font: 15px/1.4 sans-serif; max-width: 46rem; margin: 0 auto; padding: 1rem; color: #223; }
-header, form.say { display: flex; gap: .6rem; flex-wrap: wrap; align-items: center; }
-header { border-bottom: 1px solid #ccd; padding-bottom: .6rem; }
-.note, small { color: #667; }
-.post { margin: .8rem 0; overflow-wrap: anywhere; }
-.post.reply { margin-left: 1.5rem; border-left: 3px solid #dde; padding-left: .8rem; }
-.post.ephemeral { background: #f5f5fa; padding: .4rem .6rem; }
-.post p, .post h4 { margin: .3rem 0; }
-blockquote { margin: .3rem 0; border-left: 4px solid #ccd; padding-left: .7rem; }
-code, pre { background: #eef; padding: .1rem .25rem; border-radius: 3px; }
-pre { overflow: auto; white-space: pre-wrap; }
-.mention, .tag { color: #15c; }
-.bad { color: #b00; }
-input, textarea, select, button { font: inherit; padding: .3rem .5rem; }
-form.say input { flex: 1; }
-dialog { width: 30rem; border: 1px solid #889; border-radius: 6px; }
-dialog .field { margin: .8rem 0; }
-dialog label.name { display: block; font-weight: bold; }
-dialog input[type=text], dialog textarea, dialog select { width: 100%; box-sizing: border-box; }
-</style>
-<header>
-  <label>You are <select id="user"><option>alice<option>bob</select></label>
-  <label>in <select id="channel"></select></label>
-  <label>Mattermost is <select id="failure"></select></label>
-</header>
-<p class="note">This page is a stand-in for Mattermost; the service behind it is the real one.
-  Type <code>/ticket disk is full</code>.</p>
-<main id="posts" aria-live="polite"></main>
-<form class="say">
-  <input id="text" aria-label="Message" autocomplete="off" autofocus placeholder="/ticket">
-  <button>Send</button>
-</form>
-<p id="complaint" class="bad" role="alert"></p>
-<details><summary>What went over the wire</summary><div id="wire"></div></details>
-<dialog aria-labelledby="title"><form novalidate></form></dialog>
-<script>
-"use strict";
-const $ = selector => document.querySelector(selector);
-let state = null, opened = 0, wanted = location.pathname.split("/").pop();
-
-const escape = text => text.replace(/[&<>"]/g, mark => `&#${mark.charCodeAt(0)};`);
-
-function inline(text) {
-  const kept = [];
-  const keep = html => `\u0001${kept.push(html) - 1}\u0002`;
-  const restore = html => html.replace(/\u0001(\d+)\u0002/g, (_, index) => restore(kept[index]));
-  const link = (url, label) => keep(`<a href="${url}">${label}</a>`);
-  return restore(escape(text)
-    .replace(/(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)/g, (_, ticks, code) =>
-      keep(`<code>${code.trim()}</code>`))
-    .replace(/\[([^\]]*)\]\((https?:\/\/[^\s)]+)\)/g, (_, label, url) => link(url, label))
-    .replace(/https?:\/\/[^\s<\u0001]+/g, url => link(url, url))
-    .replace(/\*\*(.+?)\*\*/g, "<b>$1</b>")
-    .replace(/(^|\s)(#[A-Za-z][\w-]*)/g, '$1<span class="tag">$2</span>')
-    .replace(/(^|[^\w@])(@\w[\w.-]*)/g, '$1<span class="mention">$2</span>'));
-}
-
-// As Mattermost shows it, as far as a ticket needs that: each block takes its lines.
-function markdown(text) {
-  const lines = text.split("\n");
-  const take = pattern => {
-    const taken = [];
-    while (lines.length && pattern.test(lines[0])) taken.push(lines.shift());
-    return taken;
-  };
-  let html = "";
-  while (lines.length) {
-    const fence = /^(`{3,})[^`]*$/.exec(lines[0]);
-    if (fence) {
-      lines.shift();
-      const end = lines.findIndex(line => line.startsWith(fence[1]));
-      const code = lines.splice(0, end < 0 ? lines.length : end + 1);
-      html += `<pre>${escape(code.slice(0, end < 0 ? undefined : -1).join("\n"))}</pre>`;
-    } else if (/^>/.test(lines[0])) {
-      html += `<blockquote>${markdown(take(/^>/).map(line => line.replace(/^> ?/, "")).join("\n"))}
-        </blockquote>`;
-    } else if (/^#{1,6} /.test(lines[0])) {
-      html += `<h4>${inline(lines.shift().replace(/^#+ /, ""))}</h4>`;
-    } else if (/^([-*]|\d+\.) /.test(lines[0])) {
-      const items = take(/^([-*]|\d+\.) /).map(line => line.replace(/^\S+ /, ""));
-      html += `<ul>${items.map(item => `<li>${inline(item)}</li>`).join("")}</ul>`;
-    } else if (!lines[0].trim()) {
-      lines.shift();
-    } else {
-      const paragraph = [lines.shift(), ...take(/^(?!>|`{3}|#{1,6} |([-*]|\d+\.) )(?=.*\S)/)];
-      html += `<p>${paragraph.map(inline).join("<br>")}</p>`;
-    }
-  }
-  return html;
-}
-
-async function ask(what, body) {
-  const answer = await fetch(`/demo/${what}`, {method: "POST", body: JSON.stringify(
-    {user: $("#user").value, channel: $("#channel").value, ...body})});
-  return answer.json();
-}
-
-function showPosts() {
-  const here = state.posts.filter(post => post.channel === $("#channel").value
-    && (!post.only || post.only === $("#user").value));
-  $("#posts").innerHTML = here.map(post => `
-    <article id="${post.id}" class="post ${post.root ? "reply" : ""} ${post.only && "ephemeral"}">
-      <b>${post.author}</b> ${post.only ? "<small>(Only visible to you)</small>" : ""}
-      ${markdown(post.message)}
-      ${post.buttons.map(name => `<button data-post="${post.id}">${name}</button>`).join("")}
-    </article>`).join("");
-  $("#wire").innerHTML = state.wire.map(([way, call, body, answer]) => `
-    <p><b>${way}:</b> <code>${escape(call)}</code></p>
-    <pre>${escape(body)}\n→ ${escape(answer)}</pre>`).join("");
-}
-
-function field(element, index) {
-  const id = `field-${index}`, text = key => escape(element[key] || "");
-  const common = `id="${id}" name="${text("name")}" placeholder="${text("placeholder")}"
-    aria-describedby="${id}-help"`;
-  const most = element.max_length || (element.type === "textarea" ? 3000 : 150);
-  const chosen = (value, word) => element.default === value ? word : "";
-  const options = (element.options || []).map(({text, value}) => [escape(text), escape(value)]);
-  const input = {
-    text: () => `<input type="text" ${common} maxlength="${most}" value="${text("default")}">`,
-    textarea: () => `<textarea ${common} rows="4" maxlength="${most}">
-${text("default")}</textarea>`,
-    bool: () => `<label><input type="checkbox" ${common} ${chosen("true", "checked")}>
-      ${text("placeholder")}</label>`,
-    select: () => `<select ${common}><option value="">${options.map(([label, value]) =>
-      `<option value="${value}" ${chosen(value, "selected")}>${label}`).join("")}</select>`,
-    radio: () => options.map(([label, value], number) => `<label><input type="radio"
-      ${number ? "" : `id="${id}"`} name="${text("name")}" value="${value}"
-      ${chosen(value, "checked")}> ${label}</label>`).join(" "),
-  }[element.type]();
-  return `<div class="field">
-    <label class="name" for="${id}">${text("display_name")}${element.optional
-      ? " <small>(optional)</small>" : ' <span class="bad">*</span>'}</label>
-    ${input}<small id="${id}-help">${text("help_text")}</small>
-    <div class="bad" role="alert" data-error="${text("name")}"></div></div>`;
-}
-
-function showDialog({title, introduction_text, elements, submit_label}) {
-  $("dialog form").innerHTML = `<h3 id="title">${escape(title)}</h3>
-    ${markdown(introduction_text || "")}${elements.map(field).join("")}
-    <p class="bad" role="alert" id="error"></p>
-    <button>${escape(submit_label || "Submit")}</button>
-    <button type="button" id="cancel">Cancel</button>`;
-  $("dialog").showModal();
-  $("dialog input, dialog select, dialog textarea").focus();
-}
-
-function answers() {
-  return Object.fromEntries(state.dialog.elements.map(({name, type, subtype}) => {
-    const inputs = [...$("dialog form").elements].filter(input => input.name === name);
-    if (type === "bool") return [name, inputs[0].checked];
-    if (type === "radio") return [name, (inputs.find(input => input.checked) || {value: ""}).value];
-    const value = inputs[0].value;
-    return [name, subtype === "number" && value && !isNaN(value) ? Number(value) : value];
-  }));
-}
-
-$("dialog form").onsubmit = async event => {
-  event.preventDefault();
-  const {error, errors} = await ask("submit", {number: state.number, answers: answers()});
-  if (!error && !errors) return $("dialog").close();
-  $("#error").textContent = error || "";
-  for (const place of document.querySelectorAll("[data-error]"))
-    place.textContent = (errors || {})[place.dataset.error] || "";
-};
-$("dialog").onclick = event => { if (event.target.id === "cancel") $("dialog").close(); };
-$("dialog").onclose = () => $("#text").focus();
-$("form.say").onsubmit = async event => {
-  event.preventDefault();
-  const text = $("#text").value;
-  if (!text.trim()) return;
-  const {complaint} = await ask("say", {text});
-  $("#complaint").textContent = complaint;
-  if (!complaint) $("#text").value = "";
-};
-$("#posts").onclick = event => {
-  if (event.target.dataset.post) ask("press", {post: event.target.dataset.post});
-};
-$("#failure").onchange = () => ask("fail", {failure: $("#failure").value});
-$("#channel").onchange = showPosts;
-$("#user").onchange = connect;
-
-let stream = null;
-function connect() {
-  if (stream) stream.close();
-  opened = null;
-  stream = new EventSource(`/demo/events?${$("#user").value}`);
-  stream.onmessage = event => {
-    state = JSON.parse(event.data);
-    if (!$("#channel").options.length) {
-      $("#channel").innerHTML = state.channels.map(([id, name]) =>
-        `<option value="${id}">${name}`).join("");
-      $("#failure").innerHTML = state.failures.map(name => `<option>${name}`).join("");
-      const linked = state.posts.find(post => post.id === wanted);
-      if (linked) $("#channel").value = linked.channel;
-    }
-    $("#failure").value = state.failure;
-    showPosts();
-    if (opened === null) opened = state.number;
-    if (state.number > opened) { opened = state.number; showDialog(state.dialog); }
-    (document.getElementById(wanted) || $("form.say")).scrollIntoView({block: "nearest"});
-  };
-}
-connect();
-</script>
-"""
-
-
-class DemoHandler(StandInHandler):
-    """The page, and what it asks: a thin layer on what the clients of the stand-in do."""
-
-    def respond(self):
-        path, _, query = self.path.partition("?")
-        if self.command == "GET" and (path == "/" or path.startswith("/_redirect/pl/")):
-            page = PAGE.encode()
-            self.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n%s"
-                       % (len(page), page))
-        elif path == "/demo/events":
-            self.send_events(next(id for id, name in USERS.items() if name == query))
-        elif path.startswith("/demo/"):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            user = next(id for id, name in USERS.items() if name == body["user"])
-            self.exchange = [None] * 4  # the page's own are not shown
-            self.reply(200, PAGE_ASKS[path](self.server, user, body))
-        else:
-            super().respond()
-
-    do_GET = do_POST = respond
-
-    def send_events(self, user):
-        """Send what a person sees, whenever it changes, until the page is closed."""
-        self.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
-                   b"Connection: close\r\n\r\n")
-        shown = ""
-        with contextlib.suppress(OSError):
-            while not is_readable(self.connection):
-                now = json.dumps(self.server.seen_by(user))
-                if now != shown:
-                    self.wfile.write(f"data: {now}\n\n".encode())
-                    shown = now
-                time.sleep(0.1)
-
-
-class Demo(StandIn):
-    """A stand-in with a page, where four kinds of channels and of failures can be tried."""
-
-    def __init__(self, port=0):
-        super().__init__(port=port, handler=DemoHandler)
-        self.failing = "well"
-        self.told_at = []  # when each ephemeral text came, in milliseconds
-
-    def seen_by(self, user):
-        """Return all that the page shows to a person."""
-        with self.lock:
-            while len(self.told_at) < len(self.ephemeral):
-                self.told_at.append(time.time_ns() // 10**6)
-            posts = [{
-                "id": post["id"], "channel": post["channel_id"], "author": USERS[post["user_id"]],
-                "root": post["root_id"], "message": post["message"], "only": "",
-                "buttons": [action["name"] for attachment in post["props"].get("attachments", ())
-                            for action in attachment["actions"]],
-                "at": self.posts[post["root_id"] or post["id"]]["create_at"],
-            } for post in self.posts.values()]
-            posts += [{"id": f"ephemeral{number}", "channel": channel, "author": USERS[to],
-                       "root": "", "message": text, "only": USERS[to], "buttons": [], "at": at}
-                      for number, (to, channel, text) in enumerate(self.ephemeral)
-                      for at in [self.told_at[number]]]
-            numbers = [number for number, (to, *_) in enumerate(self.dialogs, 1) if to == user]
-            number = max(numbers, default=0)
-            wire = [[way, call, body if isinstance(body, str) else json.dumps(body), str(answer)]
-                    for way, call, body, answer in self.wire[-50:]]
-            return {
-                "posts": sorted(posts, key=lambda post: post["at"]),
-                "channels": [(id, f"{channel.name}: {CHANNELS_OF_THE_PAGE[id]}")
-                             for id, channel in self.channels.items()
-                             if id in CHANNELS_OF_THE_PAGE],
-                "number": number, "dialog": self.dialogs[number - 1][2] if number else None,
-                "failure": self.failing, "failures": list(FAILURES),
-                "wire": json.loads(json.dumps(wire).replace(SLASH_TOKEN, "\u2022\u2022\u2022")),
-            }
-
-    def on_say(self, user, body):
-        """Do what a person typed: a command, or a message to everybody."""
-        text, channel_id = body["text"].strip(), body["channel"]
-        word, _, rest = text.partition(" ")
-        complaint = ""
-        if word == "/ticket":
-            answer = self.run_command(rest.strip(), user, channel_id)
-            complaint = answer if answer.startswith("Command with") else ""
-        elif word == "/invite":
-            complaint = self.invite(rest.strip(), channel_id)
-        elif word.startswith("/"):
-            complaint = f"Command with a trigger of '{word}' not found."
-        else:
-            with self.lock:
-                now = time.time_ns() // 10**6
-                post = {"id": new_id(), "create_at": now, "user_id": user, "root_id": "",
-                        "channel_id": channel_id, "message": text, "props": {}}
-                self.posts[post["id"]] = post
-        return {"complaint": complaint}
-
-    def invite(self, name, channel_id):
-        """Make the bot a member of a channel; return what is wrong with that."""
-        channel = self.channels[channel_id]
-        if name != "@ticket-bot" or channel.kind == "D":
-            return "Nobody of this name can be invited here."
-        channel.members.add(BOT)
-        return ""
-
-    def on_submit(self, user, body):
-        """Submit a dialog; return what the client is told."""
-        return self.submit_dialog(body["answers"], body["number"] - 1, user, body["channel"])
-
-    def on_press(self, user, body):
-        """Press the button of a post."""
-        if seen := self.press(body["post"], user):
-            self.ephemeral.append((user, body["channel"], seen))
-        return {}
-
-    def on_fail(self, _, body):
-        """Let Mattermost fail from now on, or be well."""
-        self.failing = body["failure"]
-        self.failure = FAILURES[self.failing]
-        return {}
-
-
-CHANNELS_OF_THE_PAGE = {
-    HELPDESK: "the bot is in", QUIET: "public, the bot is not in",
-    SECRET: "private, the bot is not in", DIRECT: "a direct message"}
-PAGE_ASKS = {"/demo/say": Demo.on_say, "/demo/submit": Demo.on_submit,
-             "/demo/press": Demo.on_press, "/demo/fail": Demo.on_fail}
-
-
-def run_demo(port):
-    """Run the stand-in with its page, and the service, until Ctrl-C; return the exit status."""
-    signals = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        stand_in = Demo(port)
-    except OSError as error:
-        print(f"Port {port} can't be used ({error.strerror}), so another is.")
-        stand_in = Demo()
-    try:
-        settings = ticket_service.Settings.from_environment({
-            "MATTERMOST_URL": stand_in.url, "BOT_TOKEN": BOT_TOKEN, "SLASH_TOKEN": SLASH_TOKEN,
-            "CALLBACK_URL": CALLBACK_URL, "PORT": "0",
-            "FORM_FILE": os.environ.get("FORM_FILE", "")})
-    except ticket_service.SettingsError as error:
-        print(error, file=sys.stderr)
-        return 2
-    service = ticket_service.Server(ticket_service.Desk(settings), settings.port)
-    stand_in.service = ("127.0.0.1", service.server_port)
-    for server in (stand_in, service):
-        threading.Thread(target=server.serve_forever, args=(0.1,)).start()
-    print(f"Open {stand_in.url}/ in a browser. Ctrl-C ends it.", flush=True)
-    signal.sigwait(signals)
-    service.shutdown()
-    stand_in.shutdown()
-    return 0
-
-
-# -------------------------------------------------------------------------------- the base case
-
-def in_threads(number, work):
-    """Run work(0), work(1), … at the same time; raise what one of them raised."""
-    trouble = []
-
-    def run(index):
-        try:
-            work(index)
-        except BaseException as error:
-            trouble.append(error)
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(number)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if trouble:
-        raise trouble[0]
-
-
-class LogLines(logging.Handler):
-    """Keeps what the service logs."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(logging.Formatter("%(levelname)s %(message)s").format(record))
-
-
-def answers_to(form=ticket_service.FORM, mark="typed"):
-    """Return answers that fit a form, whatever its elements are; each text holds the mark."""
-    special = {"number": 42, "email": "alice@example.com", "url": "https://example.com/"}
-
-    def answer_to(element):
-        if element["type"] == "bool":
-            return True
-        if "options" in element:
-            return element["options"][0]["value"]
-        return special.get(element.get("subtype"), f"{mark} {element['name']}")
-
-    return {element["name"]: answer_to(element) for element in form["elements"]}
-
-
-class Case(unittest.TestCase):
-    """A stand-in Mattermost, and a service that is made for it on demand."""
-
-    environment = {}
-
-    def setUp(self):
-        self.log = LogLines()
-        ticket_service.log.addHandler(self.log)
-        ticket_service.log.setLevel(logging.DEBUG)
-        ticket_service.log.propagate = False
-        self.addCleanup(ticket_service.log.removeHandler, self.log)
-        self.mattermost = self.start_stand_in()
-        self.start_service()
-
-    def start_stand_in(self, **details):
-        stand_in = StandIn(**details)
-        thread = threading.Thread(target=stand_in.serve_forever, args=(0.005,))
-        thread.start()
-        self.addCleanup(thread.join)
-        self.addCleanup(stand_in.server_close)
-        self.addCleanup(stand_in.shutdown)
-        self.addCleanup(lambda: self.assertEqual(stand_in.complaints, []))
-        return stand_in
-
-    def settings(self, **changes):
-        environment = {"MATTERMOST_URL": self.mattermost.url, "BOT_TOKEN": BOT_TOKEN,
-                       "SLASH_TOKEN": SLASH_TOKEN, "CALLBACK_URL": CALLBACK_URL, "PORT": "0"}
-        return {**environment, **self.environment, **changes}
-
-    def start_service(self, **changes):
-        """Return a running server; the stand-in's people use the one that was started last."""
-        settings = ticket_service.Settings.from_environment(self.settings(**changes))
-        server = ticket_service.Server(ticket_service.Desk(settings), settings.port)
-        server.desk.pause, server.desk.wait_at_stop = 0.02, 0
-        thread = threading.Thread(target=server.serve_forever, args=(0.005,))
-        thread.start()
-        self.mattermost.service = ("127.0.0.1", server.server_port)
-        self.service = server
-        self.addCleanup(self.stop_service, server, thread)
-        return server
-
-    def stop_service(self, server, thread):
-        """Stop a server, and look for what must not be in its log."""
-        if thread.is_alive():
-            server.shutdown()
-            thread.join()
-        server.desk.close()
-        self.assert_nothing_private_logged()
-
-    def assert_nothing_private_logged(self):
-        private = [BOT_TOKEN, SLASH_TOKEN, "typed", "hookhookhook", *self.mattermost.hooks]
-        private += [dialog.get("state", "-") for _, _, dialog in self.mattermost.dialogs]
-        for line in self.log.lines:
-            for text in private:
-                self.assertNotIn(text, line)
-            self.assertNotRegex(line, "[\x00-\x08\x0b-\x1f]")
-
-    def post(self, path, body):
-        """Return status, JSON and headers of the answer to a POST that is not Mattermost's."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.mattermost.service[1], timeout=30)
-        with contextlib.closing(connection):
-            connection.request("POST", path, body)
-            answer = connection.getresponse()
-            return answer.status, json.loads(answer.read()), answer.headers
-
-    def health(self):
-        """Return the JSON of the answer to a health check."""
-        connection = http.client.HTTPConnection(*self.mattermost.service, timeout=5)
-        with contextlib.closing(connection):
-            connection.request("GET", "/health")
-            return json.loads(connection.getresponse().read())
-
-    def file(self, answers=None, **details):
-        """Type /ticket, and submit the dialog; return what Mattermost's client is told."""
-        self.assertEqual(self.mattermost.run_command(), "")
-        return self.mattermost.submit_dialog(answers or answers_to(), **details)
-
-    def forget_connections(self):
-        """Let the next call use a fresh connection: on a kept one, it would be tried again."""
-        self.service.desk.mattermost.connections.close()
-
-    def assert_logged(self, pattern):
-        self.eventually(lambda: any(re.search(pattern, line) for line in self.log.lines),
-                        f"a log line with {pattern!r}")
-
-    def eventually(self, condition, what="it"):
-        """Wait until something that happens after the answer has happened."""
-        ends = time.monotonic() + 5
-        while not condition():
-            self.assertLess(time.monotonic(), ends, f"{what} did not happen")
-            time.sleep(0.005)
-
-
-# ------------------------------------------------------------------------- the story of a ticket
-
-class TicketTest(Case):
-    def test_a_ticket_from_the_command_to_the_confirmation(self):
-        self.assertEqual(self.mattermost.run_command("disk is full"), "")
-        user, url, dialog = self.mattermost.dialogs[0]
-        self.assertEqual((user, url), (ALICE, CALLBACK_URL + "/ticket/submit"))
-        problem = next(e for e in dialog["elements"] if e["type"] == "textarea")
-        self.assertEqual(problem["default"], "disk is full")
-        self.assertEqual(self.mattermost.posts, {})
-
-        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
-        [root] = self.mattermost.roots()
-        ticket_id = root["props"]["ticket_id"]
-        self.assertRegex(ticket_id, TICKET_ID)
-        self.assertEqual(ticket_id[7:15], time.strftime("%Y%m%d", time.gmtime()))
-        self.assertEqual(root["channel_id"], HELPDESK)
-        self.assertEqual(root["hashtags"], f"#{ticket_id} #ticket-open")
-        self.assertIs(root["props"]["is_ticket"], True)
-        ticket = root["props"]["ticket"]
-        self.assertEqual((ticket["user_id"], ticket["user_name"]), (ALICE, "alice"))
-        self.assertEqual(ticket["answers"], answers_to())
-        self.assertAlmostEqual(ticket["created_at"], time.time() * 1000, delta=60_000)
-        self.assertEqual(ticket["nonce"], root["pending_post_id"])
-
-        self.eventually(self.mattermost.replies, "the reply")
-        [reply] = self.mattermost.replies()
-        self.assertEqual((reply["root_id"], reply["message"]), (root["id"], ticket_service.REPLY))
-        [(user, channel, text)] = self.mattermost.ephemeral
-        self.assertEqual((user, channel), (ALICE, HELPDESK))
-        self.assertIn(f"[{ticket_id}]({self.mattermost.url}/_redirect/pl/{root['id']})", text)
-        self.assert_logged(f"ticket={ticket_id} user=alice channel={HELPDESK} post={root['id']}")
-
-    def test_the_ticket_is_posted_exactly_like_this(self):
-        self.assertEqual(self.file({
-            "cluster": "prod", "resource": "vm-042", "problem": "disk is full\nsince nine",
-            "network": "10.0.0.4:443"}), {})
-        [root] = self.mattermost.roots()
-        self.assertEqual(root["message"], f"""\
-#### #{root['props']['ticket_id']} · @alice
-**Cluster:** `Production`
-**VM / resource:** `vm-042`
-**Problem description:**
-> disk is full
-> since nine
-
-**Network information:**
-> 10.0.0.4:443
-
-**Status:** #ticket-open""")
-
-    def test_200_tickets_from_20_threads_have_200_ids(self):
-        for _ in range(200):
-            self.assertEqual(self.mattermost.run_command(), "")
-
-        def submit_ten(thread):
-            for number in range(10 * thread, 10 * thread + 10):
-                self.assertEqual(self.mattermost.submit_dialog(answers_to(), number), {})
-
-        in_threads(20, submit_ten)
-        ids = [root["props"]["ticket_id"] for root in self.mattermost.roots()]
-        self.assertEqual((len(ids), len(set(ids))), (200, 200))
-        for ticket_id in ids:
-            self.assertRegex(ticket_id, TICKET_ID)
-
-    def test_20_simultaneous_submissions_make_one_ticket_one_reply_one_confirmation(self):
-        self.mattermost.run_command()
-        self.mattermost.script("POST /posts", slow(0.1))
-        in_threads(20, lambda _: self.assertEqual(self.mattermost.submit_dialog(answers_to()), {}))
-        self.eventually(self.mattermost.replies, "the reply")
-        self.assertEqual(len(self.mattermost.posts), 2)
-        self.assertEqual(len(self.mattermost.ephemeral), 1)
-        self.assertEqual(len(self.mattermost.made("POST /posts")), 2)
-
-    def test_the_same_submission_a_minute_later_makes_no_second_ticket(self):
-        self.file()
-        self.eventually(self.mattermost.replies, "the reply")
-        self.mattermost.pending.clear()  # Mattermost remembers for 30 seconds
-        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
-        self.assertEqual(len(self.mattermost.posts), 2)
-        self.assertEqual(len(self.mattermost.ephemeral), 1)
-
-    def test_two_dialogs_of_one_person_make_two_tickets(self):
-        self.file()
-        self.file()
-        first, second = (root["props"]["ticket_id"] for root in self.mattermost.roots())
-        self.assertLess(first, second)
-
-    def test_a_dialog_that_is_cancelled_makes_no_ticket(self):
-        self.mattermost.run_command()
-        self.assertEqual(self.mattermost.submit_dialog({}, cancelled=True), {})
-        self.assertEqual(self.mattermost.posts, {})
-
-    def test_the_channel_is_the_one_where_the_command_was_typed(self):
-        self.assertEqual(self.file(channel_id=QUIET, team_id="other"), {})
-        self.assertEqual([root["channel_id"] for root in self.mattermost.roots()], [HELPDESK])
-
-    def test_one_channel_can_get_all_tickets(self):
-        self.start_service(TICKET_CHANNEL=QUIET)
-        self.assertEqual(self.mattermost.run_command(channel_id=DIRECT), "")
-        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
-        self.eventually(self.mattermost.replies, "the reply")
-        self.assertEqual({post["channel_id"] for post in self.mattermost.posts.values()}, {QUIET})
-        self.assertEqual(self.mattermost.ephemeral[0][:2], (ALICE, DIRECT))
-
-    def test_mattermost_can_be_at_a_sub_path(self):
-        self.mattermost.sub_path = "/chat"
-        self.start_service(MATTERMOST_URL=self.mattermost.url + "/chat/")
-        self.assertEqual(self.file(), {})
-        self.eventually(self.mattermost.replies, "the reply")
-        self.assertEqual(len(self.mattermost.ephemeral), 1)
-
-    def test_every_version_of_mattermost_is_understood(self):
-        self.start_service(SLASH_TOKEN=", ".join(token for token, *_ in RECORDED.values()))
-        for version, (_, command, submission) in RECORDED.items():
-            with self.subTest(version):
-                fields = dict(urllib.parse.parse_qsl(command))
-                channel_id, user = fields["channel_id"], fields["user_id"]
-                hook = fields["response_url"].rpartition("/")[2]
-                self.mattermost.channels[channel_id] = Channel("recorded", members=(user, BOT))
-                self.mattermost.triggers[fields["trigger_id"]] = user
-                self.mattermost.hooks[hook] = [5, user, channel_id]
-                answer = self.post("/ticket", command)
-                self.assertEqual(answer[:2], (200, {}))
-                _, _, dialog = self.mattermost.dialogs[-1]
-                problem = next(e for e in dialog["elements"] if e["type"] == "textarea")
-                self.assertEqual(problem["default"],
-                                 'disk is full on @bob see ~quiet & 100% "ok"\nsecond line')
-                submission = submission.replace("STATE", dialog["state"])
-                self.assertEqual(self.post("/ticket/submit", submission)[:2], (200, {}))
-                self.eventually(lambda: self.mattermost.hooks[hook][0] == 4, "the confirmation")
-                root = self.mattermost.roots()[-1]
-                self.assertEqual(root["channel_id"], channel_id)
-                self.assertEqual(root["props"]["ticket"]["answers"], {
-                    "cluster": "prod", "resource": "vm-042",
-                    "problem": "disk is full\nsince nine @all"})
-
-
 # --------------------------------------------------------------------- what can be in the way
 
-INVITE = "I can't post in this channel yet. Invite me there with `/invite @ticket-bot`"
-NO_ANSWER = "Mattermost does not answer."
 TYPED = "typed: disk is full\non `vm-042`"
 ODD_ANSWERS = {
     "an error": fails(500, "app.post.save.app_error"),
@@ -1343,30 +1072,44 @@ ODD_ANSWERS = {
     "half an answer": says(b"HTTP/1.1 201 X\r\nContent-Length: 99\r\n\r\n{"),
     "too much": http_answer(201, b" " * (2**20 + 1)),
     "no answer": hangs_up,
-    "silence": slow(0.5),
+    "silence": slow(0.3),
 }
+
+
+def sentence_after(what, again, refused):
+    """Return what a person reads after one of ODD_ANSWERS."""
+    if what == "a redirect":
+        return ticket_service.IN_BETWEEN.format(status=302)
+    if what in ("a page", "a list", "nesting", "no body"):
+        return ticket_service.IN_BETWEEN.format(status=200)
+    return refused if what == "an error" else again
 
 
 class CommandTest(Case):
     """What goes wrong between the command and the dialog."""
 
     def assert_given_back(self, text, sentence):
-        self.assertTrue(text.startswith(sentence), text)
-        self.assertIn(f"\n```\n{TYPED}\n```", text)
+        given_back = ticket_service.given_back(sentence, TYPED)["text"]
+        self.assertEqual(text, given_back)
+        self.assertTrue(text.endswith(f"\n```\n{TYPED}\n```"), text)
 
     def test_a_wrong_token_is_refused_and_nothing_is_called(self):
         form = self.mattermost.command_form(ALICE, HELPDESK, "")
-        for token in ("", "wrong", SLASH_TOKEN[:-1], SLASH_TOKEN + "x", SLASH_TOKEN.upper(),
-                      "пароль", b"\xed\xa0\x80"):
+        for token, hint in (
+                ("", "none"), ("wrong", "5 characters"), (SLASH_TOKEN[:-1], "25 characters"),
+                (SLASH_TOKEN.upper(), "another"), ("пароль", "12 characters"),
+                (f'"{SLASH_TOKEN}"', "quotes"), (b"\xed\xa0\x80", "characters")):
             with self.subTest(token):
+                self.log.lines.clear()
                 status, answer, headers = self.post(
                     "/ticket", urllib.parse.urlencode({**form, "token": token}))
                 self.assertEqual((status, list(answer)), (401, ["error"]))
+                self.assertNotIn(hint, answer["error"])
                 self.assertEqual(headers.get_content_type(), "application/json")
+                self.assert_logged(f"WARNING .* 401 SLASH_TOKEN .*{hint}")
         del form["token"]
         self.assertEqual(self.post("/ticket", urllib.parse.urlencode(form))[0], 401)
-        self.assertEqual(self.mattermost.dialogs, [])
-        self.assert_logged("WARNING .* 401 SLASH_TOKEN")
+        self.assertEqual(self.mattermost.calls, [])
 
     def test_a_command_without_its_fields_is_refused(self):
         form = self.mattermost.command_form(ALICE, HELPDESK, "")
@@ -1389,17 +1132,45 @@ class CommandTest(Case):
         self.assertEqual(self.mattermost.calls, ["POST /actions/dialogs/open"])
 
     def test_where_the_bot_can_t_post_it_says_so_before_the_form(self):
-        for channel_id, sentence in (
-                (SECRET, INVITE), (OTHERS, INVITE),
-                (DIRECT, "I can't post in direct and group messages. Please type `/ticket` in"),
-                (ARCHIVED, "I can't post in this channel: it is archived.")):
+        for channel_id, obstacle in ((SECRET, "not a member"), (OTHERS, "not a member"),
+                                     (DIRECT, "direct"), (ARCHIVED, "archived")):
             with self.subTest(self.mattermost.channels[channel_id].name):
-                self.assert_given_back(
-                    self.mattermost.run_command(TYPED, channel_id=channel_id), sentence)
+                self.assert_given_back(self.mattermost.run_command(TYPED, channel_id=channel_id),
+                                       cant_post(obstacle))
         self.mattermost.channels[DIRECT].members = {ALICE, BOT}  # nobody else would see a ticket
         self.assert_given_back(self.mattermost.run_command(TYPED, channel_id=DIRECT),
-                               "I can't post in direct and group messages.")
+                               cant_post("direct"))
         self.assertEqual(self.mattermost.dialogs, [])
+
+    def test_where_members_may_not_post_it_says_so_before_the_form(self):
+        self.mattermost.permissions["channel_user"] = ["edit_post"]
+        for channel_id in (HELPDESK, QUIET):
+            self.assert_given_back(self.mattermost.run_command(TYPED, channel_id=channel_id),
+                                   cant_post("read only"))
+        self.assertEqual(self.mattermost.dialogs, [])
+        self.mattermost.permissions["team_user"] = ["create_post"]
+        self.assertEqual(self.mattermost.run_command(), "")
+        self.mattermost.permissions["team_user"] = []
+        self.mattermost.permissions["system_user"] = ["create_post_public"]
+        self.assertEqual(self.mattermost.run_command(channel_id=QUIET), "")
+
+    def test_rights_that_can_t_be_read_are_no_false_alarm(self):
+        role = {"name": "channel_user", "permissions": []}
+        for what, behave in {
+                "null": http_answer(200, b"null"), "nothing known": http_answer(200, b"[]"),
+                "numbers": http_answer(200, b"[1]"), "no permission": fails(*NO_PERMISSION),
+                "one of three": http_answer(200, json.dumps([role]).encode()),
+                "odd permissions": http_answer(200, json.dumps([
+                    {"name": name, "permissions": 7}
+                    for name in ("channel_user", "system_user", "team_user")]).encode())}.items():
+            with self.subTest(what):
+                self.start_service()
+                self.mattermost.script("POST /roles/names", behave)
+                self.assertEqual(self.mattermost.run_command(), "")
+        for call in ("GET /teams/", "GET /channels/"):
+            self.start_service()
+            self.mattermost.script(call, *[http_answer(200, b'{"roles": null}')] * 2)
+            self.assertEqual(self.mattermost.run_command(), "")
 
     def test_after_the_invitation_it_works(self):
         self.mattermost.run_command(channel_id=SECRET)
@@ -1408,25 +1179,38 @@ class CommandTest(Case):
 
     def test_a_bot_that_may_post_everywhere_needs_no_invitation(self):
         self.mattermost.roles = "system_user system_post_all"
-        self.assertEqual(self.mattermost.run_command(channel_id=SECRET), "")
-        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        for channel_id in (SECRET, DIRECT):
+            self.assertEqual(self.mattermost.run_command(channel_id=channel_id), "")
+            self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.assertEqual([root["channel_id"] for root in self.mattermost.roots()],
+                         [SECRET, DIRECT])
         self.assertEqual(self.mattermost.run_command(channel_id=QUIET), "")
 
     def test_a_bot_that_may_post_in_public_channels_needs_no_membership_there(self):
         self.mattermost.roles = "system_user system_post_all_public"
         self.mattermost.script("POST /channels/", fails(*NO_PERMISSION), fails(*NO_PERMISSION))
         self.assertEqual(self.mattermost.run_command(channel_id=QUIET), "")
-        self.assertIn("/invite", self.mattermost.run_command(channel_id=SECRET))
+        self.assertEqual(self.mattermost.run_command(channel_id=SECRET), cant_post("not a member"))
 
-    def test_a_ticket_channel_that_does_not_exist_is_told(self):
-        self.start_service(TICKET_CHANNEL="x" * 26)
-        self.assert_given_back(self.mattermost.run_command(TYPED),
-                               "I can't post in the ticket channel: it does not exist.")
+    def test_a_ticket_channel_that_is_no_good_is_told(self):
+        self.mattermost.permissions["channel_user"] = []
+        for channel_id, obstacle in (("x" * 26, "unknown"), (ARCHIVED, "archived"),
+                                     (SECRET, "not a member"), (HELPDESK, "read only")):
+            self.start_service(TICKET_CHANNEL=channel_id)
+            self.assert_given_back(self.mattermost.run_command(TYPED),
+                                   cant_post(obstacle, "ticket channel"))
+
+    def test_what_is_not_mattermost_is_not_taken_for_it(self):
+        for path in ("/api/v4/x", "/x"):  # as its API answers, and as another program does
+            self.start_service(MATTERMOST_URL=self.mattermost.url + path)
+            self.mattermost.script("POST /x/api/v4/actions/", http_answer(404, b"<h1>Not found"))
+            self.assert_given_back(self.mattermost.run_command(TYPED),
+                                   ticket_service.IN_BETWEEN.format(status=404))
+            self.assert_logged(r"127\.0\.0\.1:\d+ answered 404, but not as Mattermost")
 
     def test_a_bad_bot_token_is_told_although_a_dialog_could_be_opened(self):
         self.start_service(BOT_TOKEN="wrong")
-        self.assert_given_back(self.mattermost.run_command(TYPED),
-                               "Mattermost does not accept my bot token")
+        self.assert_given_back(self.mattermost.run_command(TYPED), ticket_service.BAD_TOKEN)
         self.assertEqual(self.mattermost.dialogs, [])
 
     def test_a_channel_that_can_t_be_looked_at_does_not_stop_the_form(self):
@@ -1438,20 +1222,19 @@ class CommandTest(Case):
                 self.assertEqual(self.mattermost.run_command(), "")
 
     def test_a_dialog_that_can_t_be_opened_gives_the_text_back(self):
-        self.service.desk.mattermost.timeout = 0.3
+        self.service.desk.mattermost.timeout = 0.2
         for what, behave in ODD_ANSWERS.items():
             with self.subTest(what):
                 self.mattermost.script("POST /actions/", behave)
-                self.assert_given_back(self.mattermost.run_command(TYPED),
-                                       "Mattermost did not open the form.")
+                self.assert_given_back(self.mattermost.run_command(TYPED), sentence_after(
+                    what, ticket_service.FORM_NOT_OPENED, ticket_service.FORM_REFUSED))
         self.mattermost.script("POST /actions/", fails(400, TRIGGER_EXPIRED))
-        self.assert_given_back(self.mattermost.run_command(TYPED), "The form came too late")
+        self.assert_given_back(self.mattermost.run_command(TYPED), ticket_service.FORM_LATE)
 
     def test_a_mattermost_that_is_down_gives_the_text_back(self):
         self.start_service(MATTERMOST_URL="http://127.0.0.1:9")
-        self.assert_given_back(self.mattermost.run_command(TYPED),
-                               "Mattermost did not open the form.")
-        self.assert_logged("WARNING .*no answer from Mattermost: ConnectionRefusedError")
+        self.assert_given_back(self.mattermost.run_command(TYPED), ticket_service.FORM_NOT_OPENED)
+        self.assert_logged("WARNING .*no answer of 127.0.0.1:9: ConnectionRefusedError")
 
     def test_a_redirect_is_not_followed_and_named_in_the_log(self):
         elsewhere = self.start_stand_in()
@@ -1483,21 +1266,70 @@ class SubmissionTest(Case):
 
     def assert_refused(self, answer, sentence):
         self.assertEqual(list(answer), ["error"])
-        self.assertRegex(answer["error"], f"^{re.escape(sentence)}")
+        self.assertEqual(answer["error"], sentence)
 
     def test_whatever_mattermost_answers_the_dialog_stays_open_and_a_second_press_works(self):
-        self.service.desk.mattermost.timeout, self.service.desk.patience = 0.3, 0
+        self.service.desk.mattermost.timeout = 0.2
+        self.service.desk.mattermost.patience = 0
         for what, behave in ODD_ANSWERS.items():
             with self.subTest(what):
                 before = len(self.mattermost.roots())
                 self.mattermost.run_command()
                 self.forget_connections()
                 self.mattermost.script("POST /posts", behave)
-                self.assert_refused(self.mattermost.submit_dialog(answers_to()), "Mattermost d")
-                time.sleep(0.3 if what == "silence" else 0)
+                self.assert_refused(self.mattermost.submit_dialog(answers_to()), sentence_after(
+                    what, ticket_service.NOT_REACHED,
+                    ticket_service.REJECTED.format(reason="The post was refused.")))
+                time.sleep(0.2 if what == "silence" else 0)
                 self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
                 self.assertEqual(len(self.mattermost.roots()), before + 1)
                 self.eventually(lambda: len(self.mattermost.replies()) > before, "the reply")
+
+    def test_who_refused_a_ticket_and_why_is_told(self):
+        self.mattermost.run_command()
+        waf = http_answer(403, b"<html>Forbidden: /etc/passwd")
+        plugin = http_answer(400, json.dumps({
+            "id": "Post rejected by plugin. No swearing", "status_code": 400,
+            "message": "Post rejected by plugin. No\nswearing"}).encode())
+        chatty = http_answer(400, json.dumps({"id": "x", "message": "no " * 500}).encode())
+        for behave, sentence, logged in (
+                (waf, ticket_service.IN_BETWEEN.format(status=403), "answered 403, but not as"),
+                (http_answer(403, b""), ticket_service.IN_BETWEEN.format(status=403), "403, but"),
+                (http_answer(500, b"{}"), ticket_service.IN_BETWEEN.format(status=500), "500"),
+                (plugin, ticket_service.REJECTED.format(
+                    reason="Post rejected by plugin. No swearing"), "400: Post rejected by plug"),
+                (chatty, ticket_service.REJECTED.format(reason=("no " * 500)[:300]), "400 x: no"),
+                (http_answer(400, b'{"id": "x", "message": 7}'), ticket_service.NOT_ACCEPTED,
+                 "400 x")):
+            with self.subTest(sentence):
+                self.mattermost.script("POST /posts", behave)
+                self.assert_refused(self.mattermost.submit_dialog(answers_to()), sentence)
+                self.assert_logged(logged)
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+
+    def start_behind_proxy(self, url, proxy):
+        """Start a service that asks a proxy for a Mattermost at a URL."""
+        scheme = url.partition(":")[0]
+        ca_file = Path(self.enterContext(tempfile.TemporaryDirectory())) / "ca.pem"
+        ca_file.write_text(CERTIFICATES)
+        for name, value in ((f"{scheme}_proxy", proxy), ("no_proxy", "*.test")):
+            os.environ[name] = value
+            self.addCleanup(os.environ.pop, name, "")
+        self.start_service(MATTERMOST_URL=url, SSL_CERT_FILE=str(ca_file))
+
+    def test_a_proxy_that_was_asked_is_named(self):
+        for url in ("http://mattermost.test", "https://mattermost.test"):
+            self.start_behind_proxy(url, "http://me:secret@127.0.0.1:9")
+            self.mattermost.run_command()
+            self.assert_logged(
+                r"mattermost\.test \(through the proxy 127\.0\.0\.1:9: is NO_PROXY meant\?\)")
+        self.assertNotIn("secret", "".join(self.log.lines))
+
+    def test_a_proxy_that_refuses_is_told(self):
+        self.start_behind_proxy("https://mattermost.test", self.mattermost.url)
+        # The stand-in knows no CONNECT: http.server says 501.
+        self.assertEqual(self.mattermost.run_command(),
+                         ticket_service.IN_BETWEEN.format(status=501))
 
     def test_a_mattermost_that_comes_back_in_time_gets_the_ticket_at_the_first_press(self):
         pending = "api.post.deduplicate_create_post.pending"
@@ -1527,31 +1359,29 @@ class SubmissionTest(Case):
                 self.mattermost.script("POST /posts", fails(429, Retry_After=seconds))
                 answer = self.mattermost.submit_dialog(answers_to())
                 if seconds.startswith("999"):
-                    self.assert_refused(answer, NO_ANSWER)
-                else:
-                    self.assertEqual(answer, {})
+                    self.assert_refused(answer, ticket_service.NOT_REACHED)
+                    continue
+                self.assertEqual(answer, {})
+                made = len(self.mattermost.roots())
+                self.eventually(lambda: len(self.mattermost.replies()) == made, "the reply")
 
     def test_a_mattermost_that_is_down_is_told(self):
-        self.service.desk.patience = 0
+        self.service.desk.mattermost.patience = 0
         self.mattermost.run_command()
         self.forget_connections()
         self.mattermost.server_close()
-        self.assert_refused(self.mattermost.submit_dialog(answers_to()), NO_ANSWER)
+        self.assert_refused(self.mattermost.submit_dialog(answers_to()),
+                            ticket_service.NOT_REACHED)
 
     def test_a_ticket_whose_answer_was_lost_is_found_later(self):
-        self.service.desk.patience = self.service.desk.known_there = 0
-        self.mattermost.run_command()
-        self.forget_connections()
-        self.mattermost.script("POST /posts", loses_the_answer)
-        self.assert_refused(self.mattermost.submit_dialog(answers_to()), NO_ANSWER)
-        self.mattermost.pending.clear()
+        self.lose_the_ticket()
         self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
         self.eventually(self.mattermost.replies, "the reply")
         [root] = self.mattermost.roots()
         self.assertIn(root["props"]["ticket_id"], self.mattermost.ephemeral[0][2])
 
     def test_an_early_second_attempt_keeps_its_id_and_does_not_search(self):
-        self.service.desk.patience = 0
+        self.service.desk.mattermost.patience = 0
         self.mattermost.run_command()
         self.forget_connections()
         self.mattermost.script("POST /posts", hangs_up)
@@ -1563,7 +1393,7 @@ class SubmissionTest(Case):
         self.assertEqual(self.mattermost.made(f"GET /channels/{HELPDESK}/posts"), [])
 
     def test_what_was_changed_after_a_lost_answer_is_not_lost(self):
-        self.service.desk.patience = 0
+        self.service.desk.mattermost.patience = 0
         self.mattermost.run_command()
         self.forget_connections()
         self.mattermost.script("POST /posts", loses_the_answer)
@@ -1574,7 +1404,8 @@ class SubmissionTest(Case):
         self.assertIn("typed at first, resource", root["message"])
         self.eventually(lambda: len(self.mattermost.replies()) == 2, "the reply")
         changed = self.mattermost.replies()[0]
-        self.assertTrue(changed["message"].startswith("@alice submitted the form again"))
+        self.assertTrue(changed["message"].startswith(
+            ticket_service.CHANGED.format(user_name="alice")))
         self.assertIn("typed then, resource", changed["message"])
 
     def test_a_ticket_is_made_after_a_restart_and_its_confirmation_falls_back(self):
@@ -1602,16 +1433,57 @@ class SubmissionTest(Case):
         in_threads(5, lambda _: self.assertEqual(self.mattermost.submit_dialog(answers_to()), {}))
         self.assertEqual(len(self.mattermost.posts), 2)
 
-    def test_somebody_else_s_post_is_not_taken_for_the_ticket(self):
-        self.service.desk.patience = self.service.desk.known_there = 0
+    def lose_the_ticket(self):
+        """Submit a dialog whose ticket is made, but whose answer is lost for good."""
+        self.service.desk.mattermost.patience = self.service.desk.known_there = 0
         self.mattermost.run_command()
         self.forget_connections()
         self.mattermost.script("POST /posts", loses_the_answer)
-        self.mattermost.submit_dialog(answers_to())
+        self.assert_refused(self.mattermost.submit_dialog(answers_to()),
+                            ticket_service.NOT_REACHED)
         self.mattermost.pending.clear()
-        self.mattermost.roots()[0]["user_id"] = ALICE
+        return self.mattermost.roots()[0]
+
+    def test_somebody_else_s_post_is_not_taken_for_the_ticket(self):
+        self.lose_the_ticket()["user_id"] = ALICE
         self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
         self.assertEqual([root["user_id"] for root in self.mattermost.roots()], [ALICE, BOT])
+
+    def test_a_copy_of_its_props_does_not_hide_the_ticket(self):
+        lost = self.lose_the_ticket()
+        for post_id in ("a" * 26, "z" * 26):
+            self.mattermost.posts[post_id] = {**lost, "id": post_id, "user_id": BOB}
+        self.mattermost.posts = dict(sorted(self.mattermost.posts.items()))
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.eventually(self.mattermost.replies, "the reply")
+        self.assertEqual([root["id"] for root in self.mattermost.roots()
+                          if root["user_id"] == BOT], [lost["id"]])
+        self.assertEqual(self.mattermost.replies()[0]["root_id"], lost["id"])
+
+    def test_a_ticket_is_found_in_a_busy_channel_and_gets_no_second_first_reply(self):
+        self.file()
+        self.eventually(self.mattermost.replies, "the reply")
+        for _ in range(500):
+            self.mattermost.create_post({
+                "channel_id": HELPDESK, "message": "news", "pending_post_id": new_id(),
+                "props": {"attachments": []}})
+        before = len(self.mattermost.posts)
+        self.mattermost.pending.clear()
+        self.start_service(SLASH_TOKEN=f"new,{SLASH_TOKEN}")  # which remembers nothing
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.assert_logged("was not confirmed")
+        self.service.shutdown()  # which waits for what is done after the answer
+        self.assertEqual(len(self.mattermost.posts), before)
+
+    def test_the_first_reply_is_made_once_even_if_its_answer_is_lost(self):
+        self.mattermost.run_command()
+        self.mattermost.script("POST /posts", closes, loses_the_answer)
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.assert_logged("ticket=.* post=")
+        self.start_service()
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.service.shutdown()
+        self.assertEqual(len(self.mattermost.replies()), 1)
 
     def test_nobody_who_reads_the_state_knows_the_pending_post_id(self):
         self.file()
@@ -1627,7 +1499,8 @@ class SubmissionTest(Case):
             self.mattermost.run_command(channel_id=channel_id)
             self.mattermost.channels[channel_id].members.discard(BOT)
         self.assertEqual(self.mattermost.submit_dialog(answers_to(), 0), {})
-        self.assert_refused(self.mattermost.submit_dialog(answers_to(), 1), INVITE)
+        self.assert_refused(self.mattermost.submit_dialog(answers_to(), 1),
+                            cant_post("not a member", "submission"))
         self.mattermost.channels[SECRET].members.add(BOT)
         self.assertEqual(self.mattermost.submit_dialog(answers_to(), 1), {})
         self.assertEqual([root["channel_id"] for root in self.mattermost.roots()], [QUIET, SECRET])
@@ -1636,28 +1509,28 @@ class SubmissionTest(Case):
         self.mattermost.run_command()
         self.mattermost.channels[HELPDESK].delete_at = 1
         self.assert_refused(self.mattermost.submit_dialog(answers_to()),
-                            "I can't post in this channel: it is archived.")
-        self.assertIn("archived", self.mattermost.run_command())
+                            cant_post("archived", "submission"))
+        self.assertEqual(self.mattermost.run_command(), cant_post("archived"))
 
     def test_what_mattermost_refuses_is_told(self):
         self.mattermost.run_command()
         for behave, sentence in (
-                (fails(400, "model.post.is_valid.msg.app_error"), "The ticket is too long for"),
-                (fails(413), "The ticket is too long for"),
-                (fails(400, "Post rejected by plugin. typed"), "Mattermost did not accept the"),
-                (fails(401), "Mattermost does not accept my bot token.")):
+                (fails(400, "model.post.is_valid.msg.app_error"), ticket_service.TOO_LONG_THERE),
+                (fails(413, "api.context.request_body_too_large.app_error"),
+                 ticket_service.TOO_LONG_THERE),
+                (fails(401, "api.context.session_expired.app_error"), ticket_service.BAD_TOKEN)):
             with self.subTest(sentence):
                 self.mattermost.script("POST /posts", behave)
                 self.assert_refused(self.mattermost.submit_dialog(answers_to()), sentence)
         self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
 
     def test_a_failed_reply_or_confirmation_does_not_undo_the_ticket(self):
-        self.service.desk.patience = 0
+        self.service.desk.mattermost.patience = 0
         self.mattermost.run_command()
         self.mattermost.script("POST /posts", closes, fails(500))
         self.mattermost.script("POST /hooks/", fails(400, "web.command_webhook.general.app_error"))
         self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
-        self.assert_logged("WARNING ticket=.* response hook: Mattermost answered 400")
+        self.assert_logged("WARNING ticket=.* response hook: .* answered 400")
         self.assert_logged("WARNING ticket=.* was not confirmed")
         self.assert_logged("WARNING ticket=.* reply")
         self.assertEqual(len(self.mattermost.posts), 1)
@@ -1672,7 +1545,8 @@ class SubmissionTest(Case):
                 before = len(self.mattermost.roots())
                 self.mattermost.script("POST /posts", *[behave] * 50)
                 began = time.monotonic()
-                self.assert_refused(self.mattermost.submit_dialog(answers_to()), NO_ANSWER)
+                self.assert_refused(self.mattermost.submit_dialog(answers_to()),
+                            ticket_service.NOT_REACHED)
                 self.assertLess(time.monotonic() - began, 1.5)
                 self.mattermost.scripts.clear()
                 self.service.answer_within = 10
@@ -1687,7 +1561,8 @@ class SubmissionTest(Case):
         first.start()
         self.eventually(lambda: self.mattermost.made("POST /posts"), "the post")
         self.service.answer_within = 0.2
-        self.assert_refused(self.mattermost.submit_dialog(answers_to()), NO_ANSWER)
+        self.assert_refused(self.mattermost.submit_dialog(answers_to()),
+                            ticket_service.NOT_REACHED)
         self.assertTrue(first.is_alive())
         first.join()
         self.assertEqual(len(self.mattermost.roots()), 1)
@@ -1713,7 +1588,7 @@ class SubmissionTest(Case):
     def test_our_own_bug_is_a_calm_sentence_and_a_traceback_in_the_log(self):
         self.mattermost.run_command()
         ids, self.service.desk.ids = self.service.desk.ids, None
-        self.assert_refused(self.mattermost.submit_dialog(answers_to()), "Something went wrong")
+        self.assert_refused(self.mattermost.submit_dialog(answers_to()), ticket_service.OUR_FAULT)
         self.assert_logged("(?s)ERROR .*Traceback.*AttributeError")
         self.service.desk.ids = ids
         self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
@@ -1736,10 +1611,12 @@ class SubmissionTest(Case):
         state = self.mattermost.dialogs[0][2]["state"]
         payload, _, signature = state.partition(".")
         fields = json.loads(base64.urlsafe_b64decode(payload))
-        own = ticket_service.Seal(BOT_TOKEN)
+        sent = ticket_service.State(*fields).time
+        own, other = (ticket_service.Seal([token]) for token in (SLASH_TOKEN.encode(), b"x"))
 
-        def changed(position, value):
-            return own.close("state", *fields[:position], value, *fields[position + 1:])
+        def changed(name, value):
+            state = ticket_service.State(*fields)._replace(**{name: value})
+            return own.sign("state", *state)
 
         forged = base64.urlsafe_b64encode(json.dumps([BOB, *fields[1:]]).encode()).decode()
         for what, changes in {
@@ -1748,18 +1625,46 @@ class SubmissionTest(Case):
                 "cut": {"state": state[:-1]}, "longer": {"state": state + "A"},
                 "without signature": {"state": payload},
                 "forged": {"state": f"{forged}.{signature}"},
-                "another key": {"state": ticket_service.Seal("other").close("state", *fields)},
-                "another purpose": {"state": own.close("action", *fields)},
-                "a day old": {"state": changed(3, fields[3] - 24 * 60 * 60 - 1)},
+                "another key": {"state": other.sign("state", *fields)},
+                "another purpose": {"state": own.sign("action", *fields)},
+                "another version's": {"state": own.sign("state", *fields[:3], *fields[5:])},
+                "a day old": {"state": changed("time", sent - 24 * 60 * 60 - 1)},
                 "another user's": {"user": BOB}, "nobody's": {"user_id": None},
                 "a look-up": {"type": "dialog_lookup"}, "a refresh": {"type": "refresh"}}.items():
             with self.subTest(what):
                 answer = self.mattermost.submit_dialog(answers_to(), **changes)
-                self.assertEqual(answer, {"error": "This form is no longer valid. Copy your text, "
-                                                   "type /ticket and paste it."})
+                self.assertEqual(answer, {"error": ticket_service.FORM_INVALID})
         self.assertEqual(self.mattermost.posts, {})
-        nearly_a_day = changed(3, fields[3] - 24 * 60 * 60 + 60)
+        nearly_a_day = changed("time", sent - 24 * 60 * 60 + 60)
         self.assertEqual(self.mattermost.submit_dialog(answers_to(), state=nearly_a_day), {})
+
+    def test_a_new_bot_token_closes_no_dialog_and_a_new_slash_token_may_come_first(self):
+        self.mattermost.run_command()
+        global BOT_TOKEN  # that the stand-in knows
+        old, BOT_TOKEN = BOT_TOKEN, "n" * 26
+        try:
+            self.start_service(SLASH_TOKEN=f"brandnew {SLASH_TOKEN}")
+            self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+            self.eventually(self.mattermost.replies, "the reply")
+        finally:
+            BOT_TOKEN = old
+        self.start_service(SLASH_TOKEN="brandnew")
+        self.assert_refused(self.mattermost.submit_dialog(answers_to()),
+                            ticket_service.FORM_INVALID)
+
+    def test_a_dialog_is_judged_by_the_form_that_was_opened(self):
+        problem = {"type": "textarea", "name": "problem", "display_name": "Problem"}
+        phone = {"type": "text", "name": "phone", "display_name": "Phone"}
+        form = {"title": "T", "elements": [problem]}
+        self.start_with_form(form)
+        self.mattermost.run_command()
+        for changed in ([problem, phone], [{**problem, "name": "text"}],
+                        [{**problem, "optional": True}]):
+            self.start_with_form({**form, "elements": changed})
+            self.assert_refused(self.mattermost.submit_dialog({"problem": "typed"}),
+                                ticket_service.FORM_INVALID)
+        self.start_with_form({"elements": [dict(sorted(problem.items()))], "title": "T"})
+        self.assertEqual(self.mattermost.submit_dialog({"problem": "typed"}), {})
 
     def test_a_body_that_is_no_submission_is_answered_without_a_ticket(self):
         for body in ("{}", '{"type": "dialog_submission"}', '{"submission": [1], "state": true}'):
@@ -1767,98 +1672,178 @@ class SubmissionTest(Case):
                              (200, {"error": ticket_service.FORM_INVALID}))
 
 
-# ------------------------------------------------------------------------------- the button
+# ------------------------------------------------------------------------------- the buttons
 
 class ButtonTest(Case):
-    """Close and reopen, in the thread itself."""
+    """Take, close and reopen, in the thread itself."""
 
     def setUp(self):
         super().setUp()
         self.file()
         self.eventually(self.mattermost.replies, "the reply")
         [self.root] = self.mattermost.roots()
+        self.message = self.root["message"]
 
-    def last_line(self):
-        return self.root["message"].rpartition("\n")[2]
+    def press(self, status, user=BOB, **changes):
+        """Let a person press the button that leads to a status; return what they see."""
+        return self.mattermost.press(self.root["id"], STATUSES[status]["button"], user, **changes)
 
-    def button(self):
-        [action] = self.root["props"]["attachments"][0]["actions"]
-        return action["name"]
+    def action(self, status):
+        return self.mattermost.buttons(self.root["id"])[STATUSES[status]["button"]]
 
-    def context(self):
-        return self.root["props"]["attachments"][0]["actions"][0]["integration"]["context"]
+    def context(self, status):
+        return self.action(status)["integration"]["context"]
 
     def news(self):
         """Return what the thread was told since the ticket was made."""
         return [reply["message"] for reply in self.mattermost.replies()[1:]]
 
+    def assert_status(self, status, user):
+        """Check all that a ticket with a status shows."""
+        line = STATUSES[status]["line"].format(user_name=USERS[user])
+        self.assertEqual(self.root["message"], self.message.replace(OPEN["line"], line))
+        self.assertIn(STATUSES[status]["tag"], self.root["hashtags"].split())
+        ticket = self.root["props"]["ticket"]
+        self.assertEqual((ticket["status"], ticket["status_by"]), (status, USERS[user]))
+        self.assertAlmostEqual(ticket["status_at"], time.time() * 1000, delta=60_000)
+        self.assertEqual(ticket["answers"], answers_to())
+        self.assertIs(self.root["props"]["is_ticket"], True)
+        [attachment] = self.root["props"]["attachments"]
+        self.assertEqual(attachment["color"], STATUSES[status]["color"])
+        self.assertEqual([action["name"] for action in attachment["actions"]],
+                         [STATUSES[next_one]["button"] for next_one in STATUSES[status]["buttons"]])
+
     def assert_unchanged(self, seen, sentence):
-        self.assertIn(sentence, seen)
-        self.assertEqual((self.last_line(), self.button()), ("**Status:** #ticket-open", "Close"))
+        self.assertEqual(seen, sentence)
+        self.assert_status("open", ALICE)
         self.assertEqual(self.news(), [])
 
-    def test_a_ticket_is_closed_reopened_and_closed_again(self):
-        message, ticket = self.root["message"], self.root["props"]["ticket"]
-        self.assertEqual((self.last_line(), self.button()), ("**Status:** #ticket-open", "Close"))
-        self.assertEqual((ticket["status"], ticket["status_by"]), ("open", "alice"))
-        news = []
-        for user, status, line, next_button in (
-                (BOB, "closed", "**Status:** #ticket-closed by @bob", "Reopen"),
-                (ALICE, "open", "**Status:** #ticket-open", "Close"),
-                (ALICE, "closed", "**Status:** #ticket-closed by @alice", "Reopen")):
-            self.assertEqual(self.mattermost.press(self.root["id"], user), "")
-            self.assertEqual((self.last_line(), self.button()), (line, next_button))
-            self.assertEqual(self.root["message"].rpartition("\n")[0], message.rpartition("\n")[0])
-            ticket = self.root["props"]["ticket"]
-            self.assertEqual((ticket["status"], ticket["status_by"]), (status, USERS[user]))
-            self.assertAlmostEqual(ticket["status_at"], time.time() * 1000, delta=60_000)
-            self.assertEqual(ticket["answers"], answers_to())
-            verb = "closed" if status == "closed" else "reopened"
-            news.append(f"@{USERS[user]} {verb} this ticket.")
+    def test_every_button_of_every_status_leads_on(self):
+        self.assert_status("open", ALICE)
+        people, news, walked, chance = itertools.cycle((BOB, ALICE)), [], set(), random.Random(1)
+        status = "open"
+        while any((one, to) not in walked for one in STATUSES for to in STATUSES[one]["buttons"]):
+            user = next(people)
+            wanted = chance.choice(STATUSES[status]["buttons"])
+            walked.add((status, wanted))
+            self.assertEqual(self.press(wanted, user), "")
+            self.assert_status(wanted, user)
+            news.append(STATUSES[wanted]["reply"].format(user_name=USERS[user]))
             self.eventually(lambda: self.news() == news, "the reply")
-        self.assertIn("#ticket-closed", self.root["hashtags"])
-        self.assertIs(self.root["props"]["is_ticket"], True)
+            self.assert_logged(f"INFO ticket=.* status={wanted} user={USERS[user]}")
+            status = wanted
+
+    def test_only_who_takes_a_ticket_is_mentioned(self):
+        for status, texts in STATUSES.items():
+            self.assertEqual("@" in texts["reply"], status == "taken")
 
     def test_20_presses_at_once_make_one_change_and_one_reply(self):
-        context, seen = self.context(), []
-        in_threads(20, lambda _: seen.append(
-            self.mattermost.press(self.root["id"], context=context)))
-        self.assertEqual(sorted(seen), [""] + ["This ticket is already closed by @bob."] * 19)
+        presses = [(status, user, self.action(status)) for user in (ALICE, BOB)
+                   for status in OPEN["buttons"]] * 5
+        seen = []
+        self.mattermost.script("GET /posts/", *[slow(0.02)] * 5)
+
+        def press(number):
+            status, user, action = presses[number]
+            seen.append((self.press(status, user, action=action), status, user))
+
+        in_threads(20, press)
         self.eventually(self.news, "the reply")
-        self.assertEqual(self.news(), ["@bob closed this ticket."])
+        [(status, user)] = {(status, user) for text, status, user in seen if not text}
+        already = STATUSES[status]["already"].format(user_name=USERS[user])
+        self.assertEqual(sorted(text for text, *_ in seen), [""] + [already] * 19)
+        self.assert_status(status, user)
+        self.service.shutdown()
+        self.assertEqual(self.news(), [STATUSES[status]["reply"].format(user_name=USERS[user])])
 
-    def test_a_late_press_of_an_old_button_changes_nothing(self):
-        old = self.context()
-        self.mattermost.press(self.root["id"])
+    def test_a_button_that_is_no_longer_true_changes_nothing(self):
+        old = self.action("closed")
+        self.press("taken")
         self.start_service()  # which remembers nothing: the post says so
-        seen = self.mattermost.press(self.root["id"], ALICE, context=old)
-        self.assertEqual(seen, "This ticket is already closed by @bob.")
-        self.assertEqual(self.last_line(), "**Status:** #ticket-closed by @bob")
+        seen = self.press("closed", ALICE, action=old)
+        self.assertEqual(seen, STATUSES["taken"]["already"].format(user_name="bob"))
+        self.assert_status("taken", BOB)
+        self.press("closed")
+        self.eventually(lambda: len(self.news()) == 2, "the reply")
+        self.press("open")
+        self.eventually(lambda: len(self.news()) == 3, "the reply")
+        seen = self.press("closed", ALICE, action=old)
+        self.assertEqual(seen, OPEN["already"].format(user_name="bob"))
+        self.assert_status("open", BOB)
 
-    def test_a_change_that_mattermost_did_not_make_can_be_made_later(self):
+    def test_who_has_a_ticket_does_not_take_it_again_but_somebody_else_may(self):
+        self.press("taken")
+        self.eventually(self.news, "the reply")
+        self.assertEqual(self.press("taken"), STATUSES["taken"]["already"].format(user_name="bob"))
+        self.assertEqual(len(self.news()), 1)
+        self.assertEqual(self.press("taken", ALICE), "")
+        self.assert_status("taken", ALICE)
+
+    def test_the_thread_is_told_only_what_has_happened(self):
         update, self.mattermost.update_post = self.mattermost.update_post, lambda *_: None
-        self.mattermost.press(self.root["id"])
+        self.service.desk.presses.shown_within = 0.1
+        self.assertEqual(self.press("closed"), "")
+        self.assertEqual(self.press("closed", ALICE),
+                         STATUSES["closed"]["already"].format(user_name="bob"))
+        self.assert_logged("WARNING ticket=.* did not become closed by user=bob")
+        self.assertEqual(self.news(), [])
         self.mattermost.update_post = update
-        self.assertIn("already closed", self.mattermost.press(self.root["id"]))
-        self.service.desk.press_takes = 0
-        self.assertEqual(self.mattermost.press(self.root["id"]), "")
-        self.assertEqual(self.last_line(), "**Status:** #ticket-closed by @bob")
+        self.assertEqual(self.press("closed", ALICE), "")
+        self.assert_status("closed", ALICE)
+        self.eventually(self.news, "the reply")
+        self.assertEqual(self.news(), [STATUSES["closed"]["reply"].format(user_name="alice")])
+
+    def test_a_change_that_mattermost_makes_late_is_waited_for(self):
+        update = self.mattermost.update_post
+        self.service.desk.presses.shown_within = 5
+        self.mattermost.script("GET /posts/", slow(0), hangs_up, *[fails(503)] * 2)
+
+        def later(*details):
+            timer = threading.Timer(0.1, update, details)
+            self.addCleanup(timer.join)
+            timer.start()
+
+        self.mattermost.update_post = later
+        self.press("closed")
+        self.assertEqual(self.news(), [])
+        self.eventually(self.news, "the reply")
+        self.assert_status("closed", BOB)
 
     def test_what_an_admin_edited_stays(self):
+        line = STATUSES["closed"]["line"].format(user_name="bob")
         for edited, expected in (
-                ("**Status:** #typed\nedited\n**Status:** #ticket-open\nbelow",
-                 "**Status:** #typed\nedited\n**Status:** #ticket-closed by @bob\nbelow"),
-                ("all is gone", "all is gone\n\n**Status:** #ticket-open")):
-            self.root["message"] = edited
-            self.assertEqual(self.mattermost.press(self.root["id"]), "")
-            self.assertEqual(self.root["message"], expected)
+                (f"**Status:** #typed\nedited\n{OPEN['line']} by hand\nbelow",
+                 f"**Status:** #typed\nedited\n{line}\nbelow"),
+                ("all is gone", f"all is gone\n{line}"),
+                ("first\n\\1 is typed", f"first\n{line}\n\\1 is typed")):
+            with self.subTest(edited):
+                self.root["message"] = edited
+                self.assertEqual(self.press("closed"), "")
+                self.assertEqual(self.root["message"], expected)
+                self.eventually(lambda: len(self.news()) % 2, "the reply")
+                self.assertEqual(self.press("open"), "")
+                self.eventually(lambda: not len(self.news()) % 2, "the reply")
+
+    def test_the_buttons_outlive_a_new_bot_token_and_a_second_slash_token(self):
+        global BOT_TOKEN  # that the stand-in knows
+        old, BOT_TOKEN = BOT_TOKEN, "n" * 26
+        try:
+            self.start_service(SLASH_TOKEN=f"brandnew {SLASH_TOKEN}")
+            self.assertEqual(self.press("closed"), "")
+            self.assert_status("closed", BOB)
+            self.eventually(self.news, "the reply")
+            self.start_service(SLASH_TOKEN="brandnew")
+            self.assertEqual(self.press("open"), "")
+            self.service.shutdown()
+        finally:
+            BOT_TOKEN = old
 
     def test_a_button_that_is_not_ours_changes_nothing(self):
         _, _, dialog = self.mattermost.dialogs[0]
-        good = self.context()["signed"]
+        good = self.context("closed")["signed"]
         payload, _, signature = good.partition(".")
-        own = ticket_service.Seal(BOT_TOKEN)
-        ticket_id = self.root["props"]["ticket_id"]
+        own, other = (ticket_service.Seal([token]) for token in (SLASH_TOKEN.encode(), b"x"))
+        fields = own.open("action", good)
         for what, changes in {
                 "no context": {"context": None}, "an empty one": {"context": {}},
                 "a list": {"context": [good]}, "a number": {"context": {"signed": 7}},
@@ -1866,41 +1851,54 @@ class ButtonTest(Case):
                 "cut": {"context": {"signed": good[:-1]}},
                 "unsigned": {"context": {"signed": payload}},
                 "forged": {"context": {"signed": f"{payload[:-4]}AAAA.{signature}"}},
-                "another key": {"context": {
-                    "signed": ticket_service.Seal("x").close("action", ticket_id, "closed")}},
+                "another key": {"context": {"signed": other.sign("action", *fields)}},
+                "another version's": {"context": {"signed": own.sign("action", *fields[:2])}},
                 "another ticket's": {"context": {
-                    "signed": own.close("action", "Ticket-20260101-0000", "closed")}},
+                    "signed": own.sign("action", "Ticket-20260101-0000", *fields[1:])}},
                 "no post": {"post_id": None}, "an odd post": {"post_id": "../users/me"},
                 "an odd person": {"user_name": "bob\n@all"}}.items():
             with self.subTest(what):
-                seen = self.mattermost.press(self.root["id"], **changes)
-                self.assert_unchanged(seen, "does not belong to a ticket of mine")
+                self.assert_unchanged(self.press("closed", **changes),
+                                      ticket_service.NOT_OUR_BUTTON)
         state = self.mattermost.submit_dialog(answers_to(), state=good)
         self.assertEqual(state, {"error": ticket_service.FORM_INVALID})
 
-    def test_a_post_that_is_not_the_bot_s_is_not_changed(self):
-        self.root["user_id"] = ALICE
-        self.assert_unchanged(self.mattermost.press(self.root["id"]), "does not belong to a ticket")
+    def test_a_post_that_is_not_the_bot_s_or_is_odd_is_not_changed(self):
+        good = json.dumps(self.root)
+        for what, changes in {
+                "somebody else's": {"user_id": ALICE}, "another ticket": {"ticket_id": "x"},
+                "no props": {"props": None}, "a list": {"ticket": []},
+                "an unknown status": {"status": "lost"}, "a list as status": {"status": []},
+                "nobody": {"status_by": None}, "two lines": {"status_by": "bob\n@all"},
+                "no time": {"status_at": "now"}, "no message": {"message": None},
+                "no channel": {"channel_id": "../x"}}.items():
+            with self.subTest(what):
+                post = json.loads(good)
+                for part in (post, post["props"], post["props"]["ticket"]):
+                    part.update({key: value for key, value in changes.items() if key in part})
+                self.mattermost.script("GET /posts/", http_answer(200, json.dumps(post).encode()))
+                self.assert_unchanged(self.press("closed"), ticket_service.NOT_OUR_BUTTON)
 
     def test_a_ticket_that_can_t_be_read_stays_as_it_is(self):
-        self.service.desk.mattermost.timeout = 0.3
+        self.service.desk.mattermost.timeout = 0.2
         for what, behave in ODD_ANSWERS.items():
             with self.subTest(what):
                 self.forget_connections()
                 self.mattermost.script("GET /posts/", behave)
-                self.assert_unchanged(self.mattermost.press(self.root["id"]), "it stays as it is")
+                self.assert_unchanged(self.press("closed"), sentence_after(
+                    what, ticket_service.PRESS_AGAIN, ticket_service.NOT_READABLE))
         self.mattermost.script("GET /users/me", fails(503))
-        self.assert_unchanged(self.mattermost.press(self.root["id"]), "it stays as it is")
+        self.assert_unchanged(self.press("closed"), ticket_service.PRESS_AGAIN)
         self.mattermost.channels[HELPDESK].members.discard(BOT)
-        self.assert_unchanged(self.mattermost.press(self.root["id"]), "invite me")
+        self.assert_unchanged(self.press("closed"), ticket_service.NOT_READABLE)
 
     def test_a_failed_reply_does_not_undo_the_change(self):
-        self.service.desk.patience = 0
+        self.service.desk.mattermost.patience = 0
         self.forget_connections()
         self.mattermost.script("POST /posts", fails(500))
-        self.assertEqual(self.mattermost.press(self.root["id"]), "")
-        self.assert_logged("WARNING the thread was not told that user=bob")
-        self.assertEqual(self.last_line(), "**Status:** #ticket-closed by @bob")
+        self.assertEqual(self.press("closed"), "")
+        self.assert_logged("WARNING ticket=.*: the thread was not told")
+        self.assert_status("closed", BOB)
 
 
 # ----------------------------------------------------------------------------- the HTTP edge
@@ -2390,7 +2388,7 @@ class KeptTlsConnectionTest(KeptConnectionTest):
     def setUpClass(cls):
         cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
         cls.ca_file = Path(cls.folder) / "ca.pem"
-        cls.ca_file.write_text(CERTIFICATE)
+        cls.ca_file.write_text(CERTIFICATES)
         key_file = Path(cls.folder) / "key.pem"
         key_file.write_text(PRIVATE_KEY)
         cls.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -2418,54 +2416,79 @@ def element(kind="text", name="x", **details):
 OPTIONS = [{"text": "One", "value": "1", "mention": "@first"}, {"text": "T`wo", "value": "2"}]
 EVERY_TYPE = {"title": "All", "elements": [
     element("text", "text", min_length=2, max_length=5), element("textarea", "area", optional=True),
-    element("text", "number", subtype="number"), element("text", "email", subtype="email"),
-    element("text", "url", subtype="url"), element("text", "tel", subtype="tel", optional=True),
+    element("textarea", "code", code=True), element("text", "number", subtype="number"),
+    element("text", "email", subtype="email"), element("text", "url", subtype="url"),
+    element("text", "tel", subtype="tel", optional=True),
     element("select", "select", options=OPTIONS), element("radio", "radio", options=OPTIONS),
     element("bool", "must"), element("bool", "may", optional=True)]}
-GOOD = {"text": "abc", "number": 42, "email": "a@b", "url": "http://x", "select": "1", "radio": "2",
-        "must": True}
+GOOD = {"text": "abc", "code": "\\_archive\\*.bak\n- a", "number": 42, "email": "a@b",
+        "url": "http://x", "select": "1", "radio": "2", "must": True}
 
 
 class FormTest(Case):
     def setUp(self):
         super().setUp()
-        self.form_file = Path(self.enterContext(tempfile.TemporaryDirectory())) / "form.json"
-        self.form_file.write_text(json.dumps(EVERY_TYPE))
-        self.start_service(FORM_FILE=str(self.form_file))
+        self.start_with_form(EVERY_TYPE)
 
     def message(self, number=-1):
-        """Return the message of a ticket, without its first line."""
-        return self.mattermost.roots()[number]["message"].partition("\n")[2]
+        """Return the message of a ticket, without its ID and status."""
+        return self.mattermost.roots()[number]["message"].split("\n", 2)[2]
 
-    def test_a_form_from_a_file_is_opened_as_it_is_but_for_mentions(self):
+    def test_a_form_from_a_file_is_opened_as_it_is_but_for_our_keys(self):
+        self.start_with_form({**EVERY_TYPE, "mention": "@helpdesk", "icon_url": "http://x/y"})
         self.mattermost.run_command()
         _, _, dialog = self.mattermost.dialogs[0]
-        self.assertEqual(dialog["title"], "All")
         expected = json.loads(json.dumps(EVERY_TYPE["elements"]))
-        for option in expected[6]["options"] + expected[7]["options"]:
-            option.pop("mention", None)
+        for element in expected:
+            element.pop("code", None)
+            for option in element.get("options", ()):
+                option.pop("mention", None)
         self.assertEqual(dialog["elements"], expected)
+        self.assertEqual((dialog["title"], dialog["icon_url"]), ("All", "http://x/y"))
 
     def test_every_type_has_its_line_in_the_ticket(self):
         answers = {**GOOD, "area": "a\n\n    b", "tel": "+49 `1`", "may": False}
         self.assertEqual(self.file(answers), {})
-        self.assertEqual(self.message(), """\
+        self.assertEqual(self.message(), f"""\
 **X:** `abc`
 **X:**
 > a
 > \n>     b
 
+**X:**
+```
+\\_archive\\*.bak
+- a
+```
 **X:** `42`
 **X:** `a@b`
 **X:** `http://x`
 **X:** `` +49 `1` ``
 **X:** `One` @first
 **X:** ``T`wo``
-**X:** `yes`
-**X:** `no`
-**Status:** #ticket-open""")
+**X:** `{ticket_service.YES}`
+**X:** `{ticket_service.NO}`""")
         self.assertEqual(self.mattermost.roots()[0]["props"]["ticket"]["answers"],
                          {**answers, "number": "42"})
+
+    def test_the_built_in_form_is_a_good_one(self):
+        self.start_service()
+        self.mattermost.run_command()
+        _, _, dialog = self.mattermost.dialogs[0]
+        for element in dialog["elements"]:
+            if "options" in element:  # without one, it is an empty box in Mattermost's clients
+                self.assertTrue(element["placeholder"])
+        answers = answers_to()
+        for element in dialog["elements"]:
+            if element.get("max_length", 0) > 3000:  # where Mattermost's clients cut by default
+                answers[element["name"]] = "\n".join(["\tat com.example.Stack#trace"] * 259)
+        self.assertEqual(self.mattermost.submit_dialog(answers), {})
+        [root] = self.mattermost.roots()
+        self.assertGreater(len(root["message"]), 7000)
+        for status in ("taken", "closed"):
+            self.assertEqual(self.mattermost.press(root["id"], STATUSES[status]["button"]), "")
+            self.assertIn(STATUSES[status]["tag"], root["hashtags"])
+            self.eventually(lambda: root["props"]["ticket"]["status"] == status)
 
     def test_numbers_and_booleans_may_arrive_as_texts_and_blanks_as_anything(self):
         for empty in ("", None, " \n", "\x07\u202e"):
@@ -2473,122 +2496,218 @@ class FormTest(Case):
                 answers = {**GOOD, "number": "4.5", "must": "true", "area": empty, "tel": empty,
                            "unknown": "key"}
                 self.assertEqual(self.file(answers), {})
-                self.assertEqual(self.message().count("\n"), 8)
+                self.assertEqual(self.message().count("\n"), 12)
 
     def test_an_answer_that_breaks_a_rule_is_told_at_its_field(self):
         self.mattermost.run_command()
+        required, tick = ticket_service.REQUIRED, ticket_service.NOT_TICKED
+        option, number = ticket_service.NOT_AN_OPTION, ticket_service.NOT_A_NUMBER
         for name, value, sentence in (
-                ("text", None, "fill in"), ("text", "   ", "fill in"), ("text", "a", "at least 2"),
-                ("text", "abcdef", "at most 5 characters: 1 are"), ("text", ["a"], "plain text"),
-                ("text", {"a": 1}, "plain text"), ("area", "x" * 3001, "at most 3000"),
-                ("number", "many", "number"), ("number", "1_0", "number"),
-                ("number", True, "number"), ("number", float("inf"), "number"),
-                ("email", "alice", "e-mail"), ("url", "example.com", "http://"),
-                ("tel", "1" * 151, "at most 150"), ("select", "3", "options"),
-                ("select", "", "fill in"), ("select", "One", "options"),
-                ("select", 1, "options"), ("radio", None, "fill in"),
-                ("must", False, "tick"), ("must", None, "tick"), ("may", "perhaps", "options")):
+                ("text", None, required), ("text", "   ", required),
+                ("text", "a", ticket_service.TOO_SHORT.format(limit=2)),
+                ("text", "abcdef", ticket_service.TOO_LONG.format(limit=5, excess=1)),
+                ("text", ["a"], ticket_service.NOT_TEXT), ("text", {}, ticket_service.NOT_TEXT),
+                ("area", "x" * 3001, ticket_service.TOO_LONG.format(limit=3000, excess=1)),
+                ("number", "many", number), ("number", "1_0", number), ("number", True, number),
+                ("number", float("inf"), number), ("email", "alice", ticket_service.NOT_AN_EMAIL),
+                ("url", "example.com", ticket_service.NOT_A_URL),
+                ("tel", "1" * 151, ticket_service.TOO_LONG.format(limit=150, excess=1)),
+                ("select", "3", option), ("select", "", required), ("select", "One", option),
+                ("select", 3, option), ("radio", None, required),
+                ("must", False, tick), ("must", None, tick), ("may", "perhaps", option)):
             with self.subTest(name=name, value=value):
                 answer = self.mattermost.submit_dialog({**GOOD, name: value})
-                self.assertEqual(list(answer), ["errors"])
-                self.assertEqual(list(answer["errors"]), [name])
-                self.assertIn(sentence, answer["errors"][name])
+                self.assertEqual(answer, {"errors": {name: sentence}})
         self.assertEqual(self.mattermost.submit_dialog({})["errors"].keys(), GOOD.keys())
         self.assertEqual(self.mattermost.posts, {})
         self.assertEqual(self.mattermost.submit_dialog(GOOD), {})
 
+    def assert_shown(self, typed, shown):
+        """Check what becomes of a text in a quote."""
+        self.assertEqual(self.file({**GOOD, "area": typed}), {})
+        quote = "\n".join(f"> {line}" for line in shown.split("\n"))
+        self.assertIn(f"**X:**\n{quote}\n\n**X:**\n```\n", self.message())
+
     def test_nothing_that_is_typed_gets_out_of_its_place(self):
         for typed, shown in (
-                ("```\nopen", "> ```\n> open"), ("---", "> ---"), ("a\r\nb\rc", "> a\n> b\n> c"),
-                ("a\u2424b\u2028c\u2029d\x85e\x0bf\x0cg", "> a\n> b\n> c\n> d\n> e\n> f\n> g"),
-                ("[x]: http://evil", "> [x]: http://evil"), ("<!-- ", "> <!--"),
-                ("![x](http://e/x.png)", "> !\u2060[x](http://e/x.png)"),
-                ("a\x00b\x1bc\u202ed\u2066e\ud800f", "> abcdef"),
-                ("\U0001f4be é", "> \U0001f4be é"),
-                ("@all", "> @\u2060all"), ("@\x07ALL!", "> @\u2060ALL!"),
-                ("_@channel_", "> _@\u2060channel_"), ("x.@here", "> x.@\u2060here"),
-                ("@all_", "> @\u2060all_"), ("@all-x", "> @\u2060all-x"),
-                ('"@all"', '> "@\u2060all"'),
-                ("@allx @bob x@all 1@here é@all alice@example.com root@db01",
-                 "> @allx @bob x@all 1@here é@all alice@example.com root@db01")):
+                ("```\nopen", "```\nopen"), ("---", "---"), ("a\r\nb\rc", "a\nb\nc"),
+                ("a\u2424b\u2028c\u2029d\x85e\x0bf\x0cg", "a\nb\nc\nd\ne\nf\ng"),
+                ("[x]: http://evil", "[x]: http://evil"), ("<!-- ", "<!--"),
+                ("a\x00b\x1bc\u202ed\u2066e\ud800f", "abcdef"),
+                ("\U0001f4be é", "\U0001f4be é"),
+                ("@all", "@\u2060all"), ("@\x07ALL!", "@\u2060ALL!"),
+                ("_@channel_", "_@\u2060channel_"), ("x.@here", "x.@\u2060here"),
+                ("@all_", "@\u2060all_"), ("@all-x", "@\u2060all-x"),
+                ('"@all"', '"@\u2060all"'),
+                ("@allx @bob x@all 1@here é@all alice@example.com root@db01",) * 2):
             with self.subTest(typed):
-                self.assertEqual(self.file({**GOOD, "area": typed}), {})
-                self.assertIn(f"**X:**\n{shown}\n\n**X:** `42`", self.message())
+                self.assert_shown(typed, shown)
         for typed, shown in (
                 ("``", "``` `` ```"), ("a`b", "``a`b``"), ("``a", "``` ``a ```"), ("a\nb", "`a b`"),
-                ("@all", "`@\u2060all`"), ("![x", "`!\u2060[x`")):
+                ("@all", "`@all`"), ("![x]", "`![x]`")):
             with self.subTest(typed):
                 self.assertEqual(self.file({**GOOD, "text": typed}), {})
                 self.assertTrue(self.message().startswith(f"**X:** {shown}\n"), self.message())
 
+    def test_no_image_is_loaded_and_nobody_is_pinged_but_code_stays_as_it_is(self):
+        for typed in (  # ⁂ is where the guard stands
+                "!⁂[x](http://e/x.png) and vec![1], [link](u)", "!⁂[x][1]", "!⁂[a\nb](u)",
+                "!⁂[a [b] c](u)", "!⁂[a\\](u)", "!⁂[a `[` b](u)", "!⁂[x]\n\n[x]: http://e/x.png",
+                "`vec![1]` and `@all` in a [link](u), *soft* or snake_case: `![x](u)` @⁂all",
+                "- a `@all`\n* b `![x](u)`", "``a ` @all`` @⁂here", "C:\\dir `@here`",
+                "```\n@all\n![x](u)\n```\n@⁂all", "~~~text\n@all\n~~~", "````\n```\n@all\n````",
+                # Not code for all readers, or not for sure
+                "`@⁂all", "a ` b\n`@⁂all`", "\\`@⁂all`", "```\n@⁂all", "``` x\n@⁂all",
+                "[`](x) !⁂[a](u) `", "*a `*!⁂[x](u)` b", "http://a/` @⁂all `", "<a `>@⁂all`",
+                "```\n@⁂all\n``` x", "a\n ```\n@⁂all\n\n```\n@⁂all\n```",
+                "a | b\n---|---\n`!⁂[x](u) | c`", "`a\n\n@⁂all`"):
+            with self.subTest(typed):
+                self.assert_shown(typed.replace("⁂", ""), typed.replace("⁂", "\u2060"))
+
+    def test_code_is_shown_as_typed(self):
+        for typed in ("\\_archive\\*.bak", "* * * * * cmd", "- a\n+ a", "::d 00:0a:95:9d", "@all",
+                      "![x](http://e)", "a ``` b\n````", "> quoted\n\n\n#x", "<b>&amp;"):
+            with self.subTest(typed):
+                self.assertEqual(self.file({**GOOD, "code": typed}), {})
+                fence = "`````" if "````" in typed else "```"
+                self.assertIn(f"\n**X:**\n{fence}\n{typed}\n{fence}\n**X:** `42`\n",
+                              self.message())
+
+    def test_typed_hashtags_do_not_touch_the_list_that_a_ticket_is_in(self):
+        lines = "\n".join(f"#{word}Setting yes" for word in itertools.islice(
+            map("".join, itertools.permutations("abcdef", 4)), 180))
+        for name in ("area", "code"):
+            self.assertEqual(self.file({**GOOD, name: lines[:3000]}), {})
+            self.assertIn(OPEN["tag"], self.mattermost.roots()[-1]["hashtags"].split())
+        tags = [status["tag"] for status in STATUSES.values()]
+        typed = " ".join([*tags, "#Ticket-Closed.", "(#ticket-taken)", "`#ticket-closed`"])
+        self.assertEqual(self.file({**GOOD, "area": typed, "code": typed, "tel": tags[-1]}), {})
+        root = self.mattermost.roots()[-1]
+        self.assertEqual(root["hashtags"], f"#{root['props']['ticket_id']} {OPEN['tag']}")
+        free = "#Ticket-20261123-7K3F #ticket-closedown #ticket-openssl #ticket-taken-over"
+        self.assert_shown(free, free)
+
+    def test_a_very_long_text_is_looked_through_in_no_time(self):
+        self.start_with_form({"title": "Long", "elements": [element("textarea", max_length=16000)]})
+        for typed in ("![" * 5000, "![" * 2000 + "]" * 9000, "`" * 15000, "` " * 7000, "[a" * 7000,
+                      "*a " * 5000, "".join("`" * n + " " for n in range(1, 160)), "www." * 3900):
+            began = time.process_time()
+            self.assertEqual(self.file({"x": typed}), {})
+            self.assertLess(time.process_time() - began, 2)
+
     def test_a_ticket_that_is_too_long_is_told_by_how_much(self):
-        form = {"title": "Long", "elements": [element("textarea", max_length=20_000)]}
-        self.form_file.write_text(json.dumps(form))
-        self.start_service(FORM_FILE=str(self.form_file))
-        self.mattermost.run_command()
-        self.assertEqual(self.mattermost.submit_dialog({"x": "x" * 16_200}), {})
+        self.start_with_form({"title": "Long",
+                              "elements": [element("textarea", max_length=20_000)]})
         self.mattermost.run_command()
         for extra in (1000, 1):
             answer = self.mattermost.submit_dialog({"x": "\U0001f4be" * (16_500 + extra)})
-            self.assertRegex(answer["error"], r"^The ticket is \d+ characters too long\.")
+            self.assertRegex(answer["error"], pattern(ticket_service.TICKET_TOO_LONG))
         excess = int(re.search(r"\d+", answer["error"])[0])
+        self.assertEqual(self.mattermost.submit_dialog({"x": "\U0001f4be" * (16_502 - excess)}),
+                         {"error": ticket_service.TICKET_TOO_LONG.format(excess=1)})
         self.assertEqual(self.mattermost.submit_dialog({"x": "\U0001f4be" * (16_501 - excess)}), {})
-        self.assertGreater(len(self.mattermost.made("POST /posts")[-1]["message"]), 16_200)
+        [root] = self.mattermost.roots()
+        self.assertGreater(len(root["message"]), 16_200)
+        for status in STATUSES:  # whoever presses: 64 characters are the longest name
+            message = ticket_service.with_status(root["message"], status, "x" * 64)
+            self.assertLessEqual(len(message), 16_383)
+
+    def problems_of(self, form):
+        """Return what is said at start of a form in a file: a list of lines."""
+        with self.assertRaises(ticket_service.SettingsError) as caught:
+            self.start_with_form(form)
+        lines = str(caught.exception).splitlines()
+        for line in lines:
+            self.assertTrue(line.startswith("FORM_FILE "), line)
+        return lines
 
     def test_a_form_that_mattermost_would_not_show_is_refused_at_start(self):
+        first = {**OPTIONS[0], "mention": "first"}
         for elements, complaint in (
-                ([], "at least one element"), ({}, "at least one element"),
-                ([1], "element 1 must be"),
+                ([], "elements must have 1"), ({}, "elements must be a list"),
+                ([1], "element 1: must be a JSON object"),
                 ([element("users")], "element x: type 'users' is not supported"),
                 ([element("date")], "'date'"), ([element(["text"])], "not supported"),
-                ([{"type": "text", "name": "x"}], "element x: display_name must have 1 to 24"),
-                ([{"type": "text", "display_name": "X"}], "element 1: name must have 1 to 300"),
+                ([{"type": "text", "name": "x"}], "element x: display_name is missing"),
+                ([{"type": "text", "display_name": "X"}], "element 1: name is missing"),
                 ([element(), element()], "element x: another one has the same name"),
                 ([element(display_name="é" * 13)], "display_name must have 1 to 24 bytes, not 26"),
+                ([element(display_name="")], "display_name must have 1 to 24 bytes, not 0"),
                 ([element(name="n" * 301)], "name must have 1 to 300"),
                 ([element(help_text="h" * 151)], "help_text must have 0 to 150"),
                 ([element(default="d" * 151)], "default must have 0 to 150"),
                 ([element("textarea", placeholder="p" * 3001)], "placeholder must have 0 to 3000"),
                 ([element(optional="true")], "optional must be true or false"),
                 ([element(default=7)], "default must be a text"),
+                ([element(default="\ud800" * 151)], "default must have 0 to 150"),
                 ([element(max_length="9")], "max_length must be a whole number"),
                 ([element(min_length=True)], "min_length must be a whole number"),
-                ([element(min_length=9, max_length=8)], "min_length"),
+                ([element(min_length=9, max_length=8)], "min_length must not be more than max"),
                 ([element(min_length=-1)], "min_length"), ([element(min_length=151)], "min_length"),
-                ([element(subtype="password")], "'password'"),
-                ([element("bool", default="yes")], 'default must be "true" or "false"'),
-                ([element("select")], "options are missing"),
-                ([element("radio", options=[])], "options are missing"),
+                ([element(subtype="password")], "subtype must be one of text, email"),
+                ([element(subtype="number", default="x")], "default: "),
+                ([element("bool", default="yes")], "default: "),
+                ([element("select")], "options is missing"),
+                ([element("radio", options=[])], "options must have 1"),
                 ([element("select", options={})], "options must be a list"),
-                ([element("select", data_source="users")], "data_source"),
-                ([element("select", options=[{"text": "One"}])], "every option needs a text and"),
-                ([element("select", options=[{"text": "", "value": "1"}])], "every option needs"),
+                ([element("select", options=OPTIONS, data_source="users")], "data_source"),
+                ([element("select", options=["One"])], "option 1 must be a JSON object"),
+                ([element("select", options=[{"text": "One"}])], "option 1: value is missing"),
+                ([element("select", options=[{"text": "", "value": "1"}])], "option 1: text must"),
                 ([element("select", options=OPTIONS, default="One")], "'One' is not the value"),
-                ([element("select", options=OPTIONS * 2)], "two options have the same value"),
+                ([element("select", options=OPTIONS * 2)], "option 3: another one has the same"),
                 ([element("select", options=OPTIONS, multiselect=True)], "multiselect"),
-                ([element("select", options=[{**OPTIONS[0], "mention": "first"}])], "@team-or")):
+                ([element("select", options=[first])], "option 1: mention must look like @team-or"),
+                ([element(placehoder="x")], "element x: placehoder is not one of"),
+                ([element(code=True)], "code is not one of"),
+                ([element("textarea", code="yes")], "code must be true or false"),
+                ([element("select", options=[{**OPTIONS[0], "mentoin": "@a"}])], "mentoin")):
             with self.subTest(complaint):
-                self.assert_form_refused({"title": "T", "elements": elements}, complaint)
-        for form, complaint in ((None, "JSON object"), ([], "JSON object"), ({}, "elements"),
-                                ({"elements": [element()]}, "title must have 1 to 24"),
-                                ({"title": "x" * 25, "elements": [element()]}, "title"),
-                                ({"title": 7, "elements": [element()]}, "title must be a text")):
+                self.assertIn(complaint,
+                              self.problems_of({"title": "T", "elements": elements})[0])
+        good = {"title": "T", "elements": [element()]}
+        for form, complaint in ((None, "JSON object"), ([], "JSON object"),
+                                ({"title": "T"}, "elements is missing"),
+                                ({"elements": [element()]}, "title is missing"),
+                                ({**good, "title": "x" * 25}, "title must have 1 to 24"),
+                                ({**good, "title": 7}, "title must be a text"),
+                                ({**good, "icon_url": 7}, "icon_url must be a text"),
+                                ({**good, "submit_lable": "x"}, "submit_lable is not one of"),
+                                ({**good, "notify_on_cancel": True}, "set by the service"),
+                                ({**good, "callback_id": "x"}, "set by the service"),
+                                ({**good, "state": "x"}, "set by the service"),
+                                ({**good, "mention": "helpdesk"}, "must look like @team-or-user"),
+                                ({**good, "mention": "@a @b"}, "must look like @team-or-user")):
             with self.subTest(complaint):
-                self.assert_form_refused(form, complaint)
+                [line] = self.problems_of(form)
+                self.assertIn(complaint, line)
 
-    def assert_form_refused(self, form, complaint):
-        self.form_file.write_text(json.dumps(form))
-        with self.assertRaisesRegex(ticket_service.SettingsError, re.escape(complaint)) as caught:
-            ticket_service.Settings.from_environment(self.settings(FORM_FILE=str(self.form_file)))
-        for line in str(caught.exception).splitlines():
-            self.assertTrue(line.startswith("FORM_FILE"), line)
+    def test_all_that_is_wrong_with_a_form_is_named(self):
+        options = [{"text": 1, "value": "1"}, {"text": "b", "value": "1", "x": 2}]
+        lines = self.problems_of({"title": "", "state": "x", "elements": [
+            element(display_name="x" * 25, default="abc", subtype="number", placehoder=1),
+            element("select", optional="no", options=options, default="9")]})
+        for what in ("title must", "state is", "element x: display_name", "element x: default",
+                     "element x: placehoder", "element x: optional", "option 1: text",
+                     "option 2: x is", "option 2: another", "'9' is not the value"):
+            self.assertTrue(any(what in line for line in lines), (what, lines))
+        self.assertEqual(len(lines), 11)
 
-    def test_a_file_that_is_no_form_is_refused_at_start(self):
-        for content in (b"", b"{", b"\xff", b"[" * 100_000):
-            self.form_file.write_bytes(content)
-            with self.assertRaisesRegex(ticket_service.SettingsError, "FORM_FILE can't be read"):
-                ticket_service.Settings.from_environment(
-                    self.settings(FORM_FILE=str(self.form_file)))
+    def test_a_file_may_come_from_any_editor(self):
+        form_file = Path(self.enterContext(tempfile.TemporaryDirectory())) / "form.json"
+        text = json.dumps(EVERY_TYPE, indent=1).replace("\n", "\r\n")
+        form_file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+        self.mattermost.run_command()
+        self.start_service(FORM_FILE=str(form_file))  # the same form in another dress
+        self.assertEqual(self.mattermost.submit_dialog(GOOD), {})
+        for content, complaint in ((b"", "is not JSON: line 1"), (b"{\r\n,}", "not JSON: line 2"),
+                                   (b"\xff\xfe{\0", "not a text in UTF-8"),
+                                   (b"[" * 100_000, "nested too deeply")):
+            form_file.write_bytes(content)
+            with self.assertRaisesRegex(ticket_service.SettingsError, f"^FORM_FILE .*{complaint}"):
+                self.start_service(FORM_FILE=str(form_file))
+        with self.assertRaisesRegex(ticket_service.SettingsError, "^FORM_FILE can't be read"):
+            self.start_service(FORM_FILE="/nowhere")
 
 
 # ---------------------------------------------------------------------------------- the settings
@@ -2603,7 +2722,9 @@ class SettingsTest(unittest.TestCase):
     def test_four_settings_are_enough(self):
         settings = self.read()
         self.assertEqual((settings.port, settings.ticket_channel), (8080, ""))
-        self.assertEqual(settings.form, ticket_service.FORM)
+        self.assertEqual((settings.host, settings.tls), ("", None))
+        self.assertEqual([element["name"] for element in settings.form.dialog["elements"]],
+                         [element["name"] for element in ticket_service.FORM["elements"]])
         self.assertNotIn("bot", repr(settings).replace("bot_token", ""))
 
     def test_everything_that_is_wrong_is_named_at_once(self):
@@ -2617,18 +2738,28 @@ class SettingsTest(unittest.TestCase):
 
     def test_what_can_t_be_right_is_refused(self):
         for name, values in {
-                "MATTERMOST_URL": ("host", "ftp://host", "http://", "http:///x", "http://a b",
+                "MATTERMOST_URL": ("http://h/api/v4", "http://h/chat/api/v4/", '"http://h"',
+                                   "'http://h'", "http://h'", "host", "ftp://host", "http://",
+                                   "http:///x", "http://a b",
                                    "http://h:99999", "http://h:x", "http://h?q", "http://h/#f",
                                    "http://u:p@h", "http://h\u00f6st", "http://[::1", "http://h:0"),
-                "CALLBACK_URL": ("tickets:8080", "http://h/?x=1"),
-                "BOT_TOKEN": ("a b", "tok\u00e9n", "a\x00b"),
-                "SLASH_TOKEN": (",", "\u00e9", "a,\x7f"),
+                "CALLBACK_URL": ("tickets:8080", "http://h/?x=1", "http://h/ticket",
+                                 "http://h/x/ticket/"),
+                "BOT_TOKEN": ("a b", "tok\u00e9n", "a\x00b", '"quoted"', "'quoted'", "a.b"),
+                "SLASH_TOKEN": (",", "\u00e9", "a,\x7f", '"a"', "a,'b'", self.required["BOT_TOKEN"],
+                                f"other,{self.required['BOT_TOKEN']}"),
+                "HOST": ("localhost", "1.2.3", "::1::", "10.0.0.4:8080"),
                 "PORT": ("-1", "65536", "80a", "\u0661", "1.5", "999999"),
                 "TICKET_CHANNEL": ("town-square", "x" * 25, "x" * 27, "~" * 26)}.items():
             for value in values:
                 with self.subTest(name=name, value=value), self.assertRaisesRegex(
                         ticket_service.SettingsError, f"^{name} "):
                     self.read(**{name: value})
+
+    def test_quotes_are_named(self):
+        for name in ("BOT_TOKEN", "SLASH_TOKEN", "MATTERMOST_URL", "CALLBACK_URL"):
+            with self.assertRaisesRegex(ticket_service.SettingsError, f"^{name} .*quotes"):
+                self.read(**{name: f'"{self.required[name]}"'})
 
     def test_urls_may_have_a_sub_path_and_a_slash_at_the_end(self):
         settings = self.read(MATTERMOST_URL="http://h:80/chat/", CALLBACK_URL=" http://[::1]/t// ")
@@ -2644,21 +2775,21 @@ class SettingsTest(unittest.TestCase):
             file = Path(folder) / "secret"
             for name in (*self.required, "TICKET_CHANNEL"):
                 value = self.required.get(name, "c" * 26)
-                file.write_text(f"  {value}\n")
+                file.write_bytes(f"\ufeff  {value}\r\n".encode())
                 settings = self.read(**{name: "", f"{name}_FILE": str(file)})
                 self.assertIn(value, str([settings.mattermost_url, settings.bot_token,
                                           settings.slash_tokens, settings.callback_url,
                                           settings.ticket_channel]))
             for changes, complaint in (
                     ({"BOT_TOKEN_FILE": str(file)}, "BOT_TOKEN is given twice"),
-                    ({"BOT_TOKEN": "", "BOT_TOKEN_FILE": "/nowhere"}, "BOT_TOKEN can't be read"),
-                    ({"BOT_TOKEN": "", "BOT_TOKEN_FILE": folder}, "BOT_TOKEN can't be read"),
+                    ({"BOT_TOKEN": "", "BOT_TOKEN_FILE": "/nowhere"}, "BOT_TOKEN of BOT_TOKEN_F"),
+                    ({"BOT_TOKEN": "", "BOT_TOKEN_FILE": folder}, "BOT_TOKEN of BOT_TOKEN_FILE"),
                     ({"BOT_TOKEN": "", "BOT_TOKEN_FILE": os.devnull}, "is empty")):
                 with self.subTest(complaint), self.assertRaisesRegex(
                         ticket_service.SettingsError, complaint):
                     self.read(**changes)
             file.write_bytes(b"\xff")
-            with self.assertRaisesRegex(ticket_service.SettingsError, "SLASH_TOKEN can't be read"):
+            with self.assertRaisesRegex(ticket_service.SettingsError, "SLASH_TOKEN .*UTF-8"):
                 self.read(SLASH_TOKEN="", SLASH_TOKEN_FILE=str(file))
 
     def test_https_needs_a_certificate_to_trust(self):
@@ -2701,18 +2832,27 @@ class TicketIdTest(unittest.TestCase):
         ids = ticket_service.TicketIds(clock)
         first, second = ids.next(), ids.next()
         self.assertEqual((first, second), ("Ticket-20261123-G000", "Ticket-20261123-G001"))
-        clock.set("2026-11-23T11:00:00Z")
+        clock.set("2026-11-23T11:01:00Z")
         self.assertEqual(ids.next(), "Ticket-20261123-G002")
-        clock.set("2026-11-22T11:00:00Z")
-        self.assertEqual(ids.next(), "Ticket-20261123-G003")
         clock.set("2026-11-24T00:00:01Z")
         self.assertEqual(ids.next(), "Ticket-20261124-000C")
+        clock.set("2026-11-23T23:59:59Z")
+        self.assertEqual(ids.next(), "Ticket-20261124-000D")
+
+    def test_one_wrong_reading_of_the_clock_does_not_stick(self):
+        clock = Clock("2027-01-17T23:59:59.99Z")
+        ids = ticket_service.TicketIds(clock)
+        self.assertEqual(ids.next(), "Ticket-20270117-ZZZZ")
+        clock.set("2026-11-23T12:00:00Z")
+        self.assertEqual(ids.ahead(), 0)
+        self.assertEqual([ids.next(), ids.next()],
+                         ["Ticket-20261123-G000", "Ticket-20261123-G001"])
 
     def test_a_day_that_is_used_up_is_an_error_until_midnight(self):
         clock = Clock("2026-11-23T23:59:59.99Z")
         ids = ticket_service.TicketIds(clock)
         ids.next()
-        with self.assertRaisesRegex(ticket_service.Sorry, "after midnight UTC"):
+        with self.assertRaisesRegex(ticket_service.Sorry, re.escape(ticket_service.DAY_FULL)):
             ids.next()
         clock.set("2026-11-24T00:00:00Z")
         self.assertEqual(ids.next(), "Ticket-20261124-0000")
@@ -2738,9 +2878,13 @@ class ProcessTest(Case):
 
     def run_service(self, *arguments, **environment):
         """Return exit status, output and errors of a service that ends by itself."""
-        done = subprocess.run([sys.executable, HERE / "ticket_service.py", *arguments], timeout=20,
-                              env=environment, capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
+        with (contextlib.redirect_stdout(io.StringIO()) as output,
+              contextlib.redirect_stderr(io.StringIO()) as errors):
+            try:
+                status = ticket_service.main(arguments, environment)
+            except SystemExit as end:
+                status = end.code
+        return status, output.getvalue(), errors.getvalue()
 
     def start_process(self, **changes):
         """Return a running service, which logs into a pipe, and let people use it."""
@@ -2755,67 +2899,125 @@ class ProcessTest(Case):
         return process
 
     def test_bad_settings_are_all_named_and_end_with_status_2(self):
-        status, output, errors = self.run_service(PORT="many")
-        self.assertEqual((status, output), (2, ""))
+        done = subprocess.run([sys.executable, HERE / "ticket_service.py"], env={"PORT": "many"},
+                              timeout=20, capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout), (2, ""))
         for name in ("MATTERMOST_URL", "BOT_TOKEN", "SLASH_TOKEN", "CALLBACK_URL", "PORT"):
-            self.assertRegex(errors, f"(?m)^{name} ")
+            self.assertRegex(done.stderr, f"(?m)^{name} ")
 
     def test_a_port_that_is_taken_is_told(self):
-        status, _, errors = self.run_service(**self.settings(PORT=str(self.service.server_port)))
-        self.assertEqual(status, 1)
-        self.assertRegex(errors, r"port \d+ can't be opened: .*in use")
+        done = subprocess.run([sys.executable, HERE / "ticket_service.py"], timeout=20,
+                              env=self.settings(PORT=str(self.service.server_port)),
+                              capture_output=True, text=True)
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, r"PORT: .*\d+ can't be opened: .*in use")
 
     def test_help_lists_every_variable(self):
         status, output, _ = self.run_service("--help")
         self.assertEqual(status, 0)
-        for name in ticket_service.VARIABLES:
+        for name in ticket_service.SETTINGS:
             self.assertIn(name, output)
 
     def test_health_asks_the_running_service(self):
         port = str(self.service.server_port)
-        for proxy in ({}, {"http_proxy": "http://127.0.0.1:9"}):
-            self.assertEqual(self.run_service("--health", PORT=port, **proxy)[0], 0)
-        for wrong in (str(self.mattermost.server_port), "9", "x"):
-            self.assertEqual(self.run_service("--health", PORT=wrong)[0], 1, wrong)
+        done = subprocess.run([sys.executable, HERE / "ticket_service.py", "--health"], timeout=20,
+                              env={"PORT": port, "http_proxy": "http://127.0.0.1:9"})
+        self.assertEqual(done.returncode, 0)
+        for host in ("", "127.0.0.1", "0.0.0.0"):
+            self.assertEqual(self.run_service("--health", HOST=host, PORT=port), (0, "", ""))
+        for port in (str(self.mattermost.server_port), "9", "x"):
+            status, _, errors = self.run_service("--health", PORT=port)
+            self.assertEqual((status, errors.count("\n")), (1, 1))
 
-    def test_check_says_what_is_fine(self):
-        status, output, _ = self.run_service("--check", **self.settings(TICKET_CHANNEL=QUIET))
-        self.assertEqual(status, 0, output)
-        self.assertRegex(output, r"ok +MATTERMOST_URL: .*11\.6\.0")
-        self.assertRegex(output, r"ok +BOT_TOKEN: .*@ticket-bot")
-        self.assertRegex(output, r"ok +TICKET_CHANNEL")
+    def test_it_listens_on_one_address_if_it_is_told_so(self):
+        for host, other in (("127.0.0.1", "127.0.0.2"), ("::1", "127.0.0.1")):
+            with self.subTest(host):
+                port = self.start_service(HOST=host).server_port
+                self.assertEqual(self.run_service("--health", HOST=host, PORT=str(port))[0], 0)
+                self.assertEqual(self.run_service("--health", HOST=other, PORT=str(port))[0], 1)
+        port = self.start_service().server_port
+        for host in ("127.0.0.1", "::1"):
+            self.assertEqual(self.run_service("--health", HOST=host, PORT=str(port))[0], 0)
+
+    def check(self, **changes):
+        """Return the exit status and the lines of --check; each begins with its setting."""
+        status, output, _ = self.run_service("--check", **self.settings(**changes))
+        lines = output.splitlines()
+        for line in lines:
+            level, name = re.match(r"(\w+) +(\w+): ", line).groups()
+            self.assertIn(level, ("ok", "note", "warning", "problem"))
+            self.assertIn(name, ticket_service.SETTINGS)
+        self.assertEqual(status, int("problem" in output))
+        return status, lines
+
+    def assert_checked(self, expected, **changes):
+        """Check that --check prints a line; return whether all is fine."""
+        status, lines = self.check(**changes)
+        self.assertTrue(any(re.match(expected, line) for line in lines), (expected, lines))
+        return not status
+
+    def test_check_says_what_is_fine_and_what_it_can_t_see(self):
+        self.mattermost.channels[SECRET].members.add(BOT)
+        for line in (r"ok +MATTERMOST_URL: .*11\.6\.0", "ok +MATTERMOST_URL: .*SiteURL.*http://127",
+                     "ok +BOT_TOKEN: .*@ticket-bot.* ops$", "ok +TICKET_CHANNEL: ",
+                     "note +SLASH_TOKEN: .*can't be checked.*type /ticket"):
+            self.assertTrue(self.assert_checked(line, TICKET_CHANNEL=QUIET))
+        self.assertTrue(self.assert_checked("warning +TICKET_CHANNEL: it is private",
+                                            TICKET_CHANNEL=SECRET))
 
     def test_check_says_what_is_wrong(self):
-        self.mattermost.version, self.mattermost.site_url = "8.1.0", ""
+        self.mattermost.channels[SECRET].members.add(BOT)
         for changes, complaint in (
-                ({"MATTERMOST_URL": "http://127.0.0.1:9"}, "problem MATTERMOST_URL: no answer"),
-                ({"MATTERMOST_URL": self.mattermost.url + "/x"}, "problem MATTERMOST_URL: .*404"),
-                ({"BOT_TOKEN": "wrong"}, "problem BOT_TOKEN: it is not valid"),
-                ({"TICKET_CHANNEL": SECRET}, "problem .*/invite @ticket-bot"),
-                ({"TICKET_CHANNEL": "x" * 26}, "problem .*does not exist")):
+                ({"MATTERMOST_URL": "http://127.0.0.1:9"}, "problem +MATTERMOST_URL: no answer"),
+                ({"MATTERMOST_URL": self.mattermost.url + "/x"},
+                 "problem +MATTERMOST_URL: .*404, but not as Mattermost does"),
+                ({"BOT_TOKEN": "wrong"}, "problem +BOT_TOKEN: .*401.*Token ID"),
+                ({"TICKET_CHANNEL": OTHERS}, "problem +TICKET_CHANNEL: .*/invite @ticket-bot"),
+                ({"TICKET_CHANNEL": DIRECT}, "problem +TICKET_CHANNEL: .*direct"),
+                ({"TICKET_CHANNEL": ARCHIVED}, "problem +TICKET_CHANNEL: .*archived"),
+                ({"TICKET_CHANNEL": "x" * 26}, "problem +TICKET_CHANNEL: .*no such.*View Info")):
             with self.subTest(complaint):
-                status, output, _ = self.run_service("--check", **self.settings(**changes))
-                self.assertEqual(status, 1, output)
-                self.assertRegex(output, complaint)
-        self.assertRegex(output, "warning .*before 9.4")
-        self.assertRegex(output, "warning .*SiteURL")
+                self.assertFalse(self.assert_checked(complaint, **changes))
+        self.mattermost.permissions["channel_user"] = []
+        self.assertFalse(self.assert_checked("problem +TICKET_CHANNEL: .*may not post",
+                                             TICKET_CHANNEL=QUIET))
         self.mattermost.teams = []
-        self.assertRegex(self.run_service("--check", **self.settings())[1], "problem .*no team")
+        self.assertFalse(self.assert_checked("problem +BOT_TOKEN: .*no team"))
+        self.mattermost.is_bot = False
+        self.assertFalse(self.assert_checked("problem +BOT_TOKEN: @ticket-bot is a person"))
 
-    def test_a_callback_url_that_leads_mattermost_to_itself_is_warned_about(self):
+    def test_check_warns_of_what_may_be_wrong(self):
+        self.mattermost.version, self.mattermost.site_url = "8.1.0", ""
         elsewhere = "http://0.0.0.0:9"
+        for expected, changes in (
+                ("warning +MATTERMOST_URL: .*before 9.4", {}),
+                ("warning +MATTERMOST_URL: .*no SiteURL", {}),
+                ("warning +CALLBACK_URL: its port is 8080, but PORT is 8081", {"PORT": "8081"})):
+            self.assertTrue(self.assert_checked(expected, **changes))
         for mattermost_url, callback_url, warned in (
-                ("http://127.0.0.1:9", "http://localhost:8080", False),
-                (elsewhere, CALLBACK_URL, False), (elsewhere, "http://localhost:8080", True),
-                (elsewhere, "http://127.1.2.3", True), (elsewhere, "http://[::1]:8080", True)):
-            settings = ticket_service.Settings.from_environment(
-                self.settings(MATTERMOST_URL=mattermost_url, CALLBACK_URL=callback_url))
-            first = next(ticket_service.Desk(settings).checks())
-            self.assertEqual(first[1].startswith("CALLBACK_URL"), warned, first)
+                ("http://127.0.0.1:9", "http://localhost", False),
+                (elsewhere, "https://tickets.test", False), (elsewhere, "http://localhost", True),
+                (elsewhere, "http://127.1.2.3", True), (elsewhere, "http://[::1]", True)):
+            _, lines = self.check(MATTERMOST_URL=mattermost_url, CALLBACK_URL=callback_url)
+            self.assertEqual("CALLBACK_URL" in lines[0], warned, lines)
+
+    def test_a_running_service_is_asked_at_its_callback_url(self):
+        port = self.service.server_port
+        for callback_url, expected in (
+                (f"http://127.0.0.1:{port}", "ok +CALLBACK_URL: the service answers"),
+                (f"http://127.0.0.1:{port}/sub", "warning +CALLBACK_URL: .*answers .404"),
+                (self.mattermost.url, "warning +CALLBACK_URL: .*another program"),
+                ("http://127.0.0.1:9", "warning +CALLBACK_URL: .*refused"),
+                (f"https://127.0.0.1:{port}", "warning +CALLBACK_URL: .*SSL")):
+            self.assertTrue(self.assert_checked(expected, PORT=str(port),
+                                                CALLBACK_URL=callback_url))
+        process = self.start_process(CALLBACK_URL="http://127.0.0.1:9")
+        self.assertIn("WARNING CALLBACK_URL: ", process.stderr.readline())
 
     def test_a_mattermost_that_is_down_is_no_reason_to_exit(self):
         process = self.start_process(MATTERMOST_URL="http://127.0.0.1:9")
-        self.assertIn("MATTERMOST_URL: no answer", process.stderr.readline())
+        while "MATTERMOST_URL: no answer" not in process.stderr.readline():
+            pass
         process.send_signal(signal.SIGINT)
         self.assertEqual(process.wait(5), 0)
 
@@ -2845,7 +3047,461 @@ class ProcessTest(Case):
         self.assertEqual(len(ids), 24)
 
 
+# ------------------------------------------------------------------------- the files beside it
+
+class FilesTest(unittest.TestCase):
+    """What README, Containerfile and unit say of the program is so."""
+
+    unit = (HERE / "ticket-service.container").read_text(encoding="utf-8")
+    containerfile = (HERE / "Containerfile").read_text(encoding="utf-8")
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+
+    def test_the_unit_sets_what_the_program_needs_and_knows(self):
+        names = re.findall(r"(?m)^#?Environment=(\w+)=", self.unit)
+        names += re.findall(r"(?m)^Secret=.*,target=(\w+)", self.unit)
+        self.assertLessEqual(set(names), set(ticket_service.SETTINGS))
+        self.assertLessEqual(set(SettingsTest.required), set(names))
+
+    def test_the_containerfile_sets_only_what_python_knows(self):
+        self.assertEqual(set(re.findall(r"(\w+)=1", self.containerfile)),
+                         {"PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"})
+        self.assertEqual(re.findall(r"(?m)^COPY .*? (\S+) /app/", self.containerfile),
+                         ["ticket_service.py"])
+
+    def test_the_port_is_the_same_everywhere(self):
+        self.assertEqual(SettingsTest().read().port, 8080)
+        self.assertIn("PublishPort=8080:8080\n", self.unit)
+        self.assertIn("EXPOSE 8080\n", self.containerfile)
+        self.assertIn("| `PORT` | `8080` |", self.readme)
+
+    def test_the_health_command_is_one_that_exists(self):
+        for command in re.findall(r"(?m)^Health(?:Startup)?Cmd=(.*)", self.unit):
+            python, path, option = json.loads(command)
+            self.assertEqual(json.dumps([python, path]), re.search(
+                r"(?m)^ENTRYPOINT (.*)", self.containerfile)[1])
+            self.assertEqual(option, "--health")
+
+    def test_the_readme_lists_every_setting(self):
+        for name in ticket_service.SETTINGS:
+            self.assertIn(f"\n| `{name}` |", self.readme)
+
+    def test_the_readme_runs_what_exists(self):
+        scripts = re.findall(r"python3 (\w+\.py)", self.readme)
+        self.assertEqual(set(scripts), {"ticket_service.py", "test_ticket_service.py"})
+        self.assertIn("python3 -m unittest\n", self.readme)
+        secrets_made = set(re.findall(r"podman secret create ([\w-]+)", self.readme))
+        self.assertLessEqual(set(re.findall(r"(?m)^#?Secret=([\w-]+)", self.unit)), secrets_made)
+
+
 # ---------------------------------------------------------------------------------- the demo
+
+# What the page's switches make of Mattermost: which calls fail, and how
+FAILURES = {
+    "well": None,
+    "down": ("", hangs_up),
+    "slow": ("", slow(6)),
+    "refusing the post": ("POST /posts", fails(400, "api.post.rejected.app_error")),
+    "losing the answer": ("POST /posts", loses_the_answer),
+}
+
+PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Mattermost Ticket: demo</title>
+<link rel="icon" href="data:,">
+<style>
+* { box-sizing: border-box; }
+body { font: 15px/1.45 "Open Sans", sans-serif; max-width: 50rem; margin: 0 auto;
+  padding: 0 1rem 1rem; color: #3f4350; }
+header, form.say { display: flex; gap: .4rem .8rem; flex-wrap: wrap; align-items: center; }
+header { background: #1e325c; color: #fff; margin: 0 -1rem; padding: .6rem 1rem; }
+.note, small, time { color: #6b6e7a; }
+.post { margin: 1rem 0; padding-left: 3rem; position: relative; overflow-wrap: anywhere; }
+.post::before { content: attr(data-letter); position: absolute; left: 0; top: .1rem; width: 2.2rem;
+  height: 2.2rem; border-radius: 50%; background: #6f8bc4; color: #fff; font-weight: bold;
+  text-align: center; line-height: 2.2rem; text-transform: uppercase; }
+.post.bot::before { background: #1c58d9; }
+.post.reply { margin: .6rem 0 .6rem 3rem; border-left: 3px solid #dfe3ec; padding-left: 3.6rem; }
+.post.reply::before { left: .8rem; }
+.post.ephemeral { background: #f6f7fa; }
+.badge { background: #e8eaef; border-radius: 3px; padding: 0 .25rem; font-size: .65rem;
+  font-weight: bold; vertical-align: middle; }
+.post p, .post h4 { margin: .2rem 0; }
+.post h4 { font-size: 1.1rem; }
+.attachment { border: 1px solid #dfe3ec; border-left: 4px solid; border-radius: 4px;
+  margin: .5rem 0; padding: .6rem; display: flex; gap: .5rem; }
+.attachment button { background: #fff; color: #1c58d9; border-color: #1c58d9; font-weight: bold; }
+blockquote { margin: .3rem 0; border-left: 4px solid #ccd; padding-left: .7rem; }
+code, pre { background: #f0f1f4; border: 1px solid #e3e4e8; border-radius: 4px;
+  padding: .05rem .3rem; font-size: .9em; }
+pre { overflow: auto; white-space: pre-wrap; margin: .3rem 0; padding: .4rem .6rem; }
+pre code { border: 0; padding: 0; }
+.mention, .tag, a { color: #1c58d9; text-decoration: none; }
+.bad { color: #d24b4e; }
+input, textarea, select, button { font: inherit; padding: .3rem .5rem; border-radius: 4px;
+  border: 1px solid #b9bdc9; max-width: 100%; }
+button { cursor: pointer; }
+form.say { position: sticky; bottom: 0; background: #fff; padding: .6rem 0; }
+form.say input { flex: 1; min-width: 8rem; }
+dialog { width: 34rem; max-width: calc(100vw - 1rem); border: 1px solid #889; border-radius: 8px; }
+dialog .field { margin: .9rem 0; }
+dialog label.name { display: block; font-weight: bold; }
+dialog input[type=text], dialog textarea, dialog select { width: 100%; }
+dialog .buttons { display: flex; justify-content: end; gap: .5rem; }
+dialog button.main { background: #1c58d9; color: #fff; border-color: #1c58d9; }
+</style>
+<header>
+  <label>You are <select id="user"><option>alice<option>bob</select></label>
+  <label>in <select id="channel"></select></label>
+  <label>Mattermost is <select id="failure"></select></label>
+</header>
+<p class="note">This page is a stand-in for Mattermost; the service behind it is the real one.
+  Type <code>/ticket disk is full</code>, and be alice or bob.</p>
+<main id="posts" aria-live="polite"></main>
+<form class="say">
+  <input id="text" aria-label="Message" autocomplete="off" autofocus placeholder="/ticket">
+  <button>Send</button>
+</form>
+<p id="complaint" class="bad" role="alert"></p>
+<details><summary>What went over the wire</summary><div id="wire"></div></details>
+<dialog aria-labelledby="title"><form novalidate></form></dialog>
+<script>
+"use strict";
+const $ = selector => document.querySelector(selector);
+let state = null, opened = 0, wanted = location.pathname.split("/").pop();
+
+const escape = text => text.replace(/[&<>"]/g, mark => `&#${mark.charCodeAt(0)};`);
+
+function inline(text) {
+  const kept = [];
+  const keep = html => `\u0001${kept.push(html) - 1}\u0002`;
+  const restore = html => html.replace(/\u0001(\d+)\u0002/g, (_, index) => restore(kept[index]));
+  const link = (url, label) => keep(`<a href="${url}">${label}</a>`);
+  return restore(escape(text)
+    .replace(/(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)/g, (_, ticks, code) =>
+      keep(`<code>${code.trim()}</code>`))
+    .replace(/\[([^\]]*)\]\((https?:\/\/[^\s)]+)\)/g, (_, label, url) => link(url, label))
+    .replace(/https?:\/\/[^\s<\u0001]+/g, url => link(url, url))
+    .replace(/\*\*(.+?)\*\*/g, "<b>$1</b>")
+    .replace(/(^|\s)(#[A-Za-z][\w-]*)/g, '$1<span class="tag">$2</span>')
+    .replace(/(^|[^\w@])(@\w[\w.-]*)/g, '$1<span class="mention">$2</span>'));
+}
+
+// As Mattermost shows it, as far as a ticket needs that: each block takes its lines.
+function markdown(text) {
+  const lines = text.split("\n");
+  const take = pattern => {
+    const taken = [];
+    while (lines.length && pattern.test(lines[0])) taken.push(lines.shift());
+    return taken;
+  };
+  let html = "";
+  while (lines.length) {
+    const fence = /^(`{3,})[^`]*$/.exec(lines[0]);
+    if (fence) {
+      lines.shift();
+      const end = lines.findIndex(line => line.startsWith(fence[1]));
+      const code = lines.splice(0, end < 0 ? lines.length : end + 1);
+      const text = escape(code.slice(0, end < 0 ? undefined : -1).join("\n"));
+      html += `<pre><code>${text}</code></pre>`;
+    } else if (/^>/.test(lines[0])) {
+      html += `<blockquote>${markdown(take(/^>/).map(line => line.replace(/^> ?/, "")).join("\n"))}
+        </blockquote>`;
+    } else if (/^#{1,6} /.test(lines[0])) {
+      html += `<h4>${inline(lines.shift().replace(/^#+ /, ""))}</h4>`;
+    } else if (/^([-*]|\d+\.) /.test(lines[0])) {
+      const items = take(/^([-*]|\d+\.) /).map(line => line.replace(/^\S+ /, ""));
+      html += `<ul>${items.map(item => `<li>${inline(item)}</li>`).join("")}</ul>`;
+    } else if (!lines[0].trim()) {
+      lines.shift();
+    } else {
+      const paragraph = [lines.shift(), ...take(/^(?!>|`{3}|#{1,6} |([-*]|\d+\.) )(?=.*\S)/)];
+      html += `<p>${paragraph.map(inline).join("<br>")}</p>`;
+    }
+  }
+  return html;
+}
+
+async function ask(what, body) {
+  const answer = await fetch(`/demo/${what}`, {method: "POST", body: JSON.stringify(
+    {user: $("#user").value, channel: $("#channel").value, ...body})});
+  return answer.json();
+}
+
+function showPosts() {
+  const here = state.posts.filter(post => post.channel === $("#channel").value
+    && (!post.only || post.only === $("#user").value));
+  $("#posts").innerHTML = here.map(post => `
+    <article id="${post.id}" data-letter="${post.author[0]}" class="post ${post.root && "reply"}
+      ${post.bot && "bot"} ${post.only && "ephemeral"}">
+      <b>${post.author}</b> ${post.bot || post.only ? '<span class="badge">BOT</span>' : ""}
+      <time>${new Date(post.made).toTimeString().slice(0, 5)}</time>
+      ${post.only ? "<small>(Only visible to you)</small>" : ""}
+      ${markdown(post.message)}
+      ${post.attachments.map(({color, buttons}) => `
+        <div class="attachment" style="border-left-color: ${color}">${buttons.map(name =>
+          `<button data-post="${post.id}">${name}</button>`).join("")}</div>`).join("")}
+    </article>`).join("");
+  $("#wire").innerHTML = state.wire.map(([way, call, body, answer]) => `
+    <p><b>${way}:</b> <code>${escape(call)}</code></p>
+    <pre>${escape(body)}\n→ ${escape(answer)}</pre>`).join("");
+}
+
+function field(element, index) {
+  const id = `field-${index}`, text = key => escape(element[key] || "");
+  const common = `id="${id}" name="${text("name")}" placeholder="${text("placeholder")}"
+    aria-describedby="${id}-help"`;
+  const most = element.max_length || (element.type === "textarea" ? 3000 : 150);
+  const chosen = (value, word) => element.default === value ? word : "";
+  const options = (element.options || []).map(({text, value}) => [escape(text), escape(value)]);
+  const input = {
+    text: () => `<input type="text" ${common} maxlength="${most}" value="${text("default")}">`,
+    textarea: () => `<textarea ${common} rows="4" maxlength="${most}">
+${text("default")}</textarea>`,
+    bool: () => `<label><input type="checkbox" ${common} ${chosen("true", "checked")}>
+      ${text("placeholder")}</label>`,
+    select: () => `<select ${common}><option value="">${text("placeholder")}
+      ${options.map(([label, value]) =>
+      `<option value="${value}" ${chosen(value, "selected")}>${label}`).join("")}</select>`,
+    radio: () => options.map(([label, value], number) => `<label><input type="radio"
+      ${number ? "" : `id="${id}"`} name="${text("name")}" value="${value}"
+      ${chosen(value, "checked")}> ${label}</label>`).join(" "),
+  }[element.type]();
+  return `<div class="field">
+    <label class="name" for="${id}">${text("display_name")}${element.optional
+      ? " <small>(optional)</small>" : ' <span class="bad">*</span>'}</label>
+    ${input}<small id="${id}-help">${text("help_text")}</small>
+    <div class="bad" role="alert" data-error="${text("name")}"></div></div>`;
+}
+
+function showDialog({title, introduction_text, elements, submit_label}) {
+  $("dialog form").innerHTML = `<h3 id="title">${escape(title)}</h3>
+    ${markdown(introduction_text || "")}${elements.map(field).join("")}
+    <p class="bad" role="alert" id="error"></p>
+    <div class="buttons"><button type="button" id="cancel">Cancel</button>
+    <button class="main">${escape(submit_label || "Submit")}</button></div>`;
+  $("dialog").showModal();
+  $("dialog input, dialog select, dialog textarea").focus();
+}
+
+function answers() {
+  return Object.fromEntries(state.dialog.elements.map(({name, type, subtype}) => {
+    const inputs = [...$("dialog form").elements].filter(input => input.name === name);
+    if (type === "bool") return [name, inputs[0].checked];
+    if (type === "radio") return [name, (inputs.find(input => input.checked) || {value: ""}).value];
+    const value = inputs[0].value;
+    return [name, subtype === "number" && value && !isNaN(value) ? Number(value) : value];
+  }));
+}
+
+$("dialog form").onsubmit = async event => {
+  event.preventDefault();
+  const {error, errors} = await ask("submit", {number: state.number, answers: answers()});
+  if (!error && !errors) return $("dialog").close();
+  $("#error").textContent = error || "";
+  for (const place of document.querySelectorAll("[data-error]"))
+    place.textContent = (errors || {})[place.dataset.error] || "";
+};
+$("dialog").onclick = event => { if (event.target.id === "cancel") $("dialog").close(); };
+$("dialog").onclose = () => $("#text").focus();
+$("form.say").onsubmit = async event => {
+  event.preventDefault();
+  const text = $("#text").value;
+  if (!text.trim()) return;
+  const {complaint} = await ask("say", {text});
+  $("#complaint").textContent = complaint;
+  if (!complaint) $("#text").value = "";
+};
+$("#posts").onclick = event => {
+  const {dataset: {post}, textContent: button} = event.target;
+  if (post) ask("press", {post, button});
+};
+$("#failure").onchange = () => ask("fail", {failure: $("#failure").value});
+$("#channel").onchange = showPosts;
+$("#user").onchange = connect;
+
+let stream = null;
+function connect() {
+  if (stream) stream.close();
+  opened = null;
+  stream = new EventSource(`/demo/events?${$("#user").value}`);
+  stream.onmessage = event => {
+    state = JSON.parse(event.data);
+    if (!$("#channel").options.length) {
+      $("#channel").innerHTML = state.channels.map(([id, name]) =>
+        `<option value="${id}">${name}`).join("");
+      $("#failure").innerHTML = state.failures.map(name => `<option>${name}`).join("");
+      const linked = state.posts.find(post => post.id === wanted);
+      if (linked) $("#channel").value = linked.channel;
+    }
+    $("#failure").value = state.failure;
+    showPosts();
+    if (opened === null) opened = state.number;
+    if (state.number > opened) { opened = state.number; showDialog(state.dialog); }
+    (document.getElementById(wanted) || $("form.say")).scrollIntoView({block: "nearest"});
+  };
+}
+connect();
+</script>
+"""
+
+
+class DemoHandler(StandInHandler):
+    """The page, and what it asks: a thin layer on what the clients of the stand-in do."""
+
+    def respond(self):
+        path, _, query = self.path.partition("?")
+        if self.command == "GET" and (path == "/" or path.startswith("/_redirect/pl/")):
+            page = PAGE.encode()
+            self.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n%s"
+                       % (len(page), page))
+        elif path == "/demo/events":
+            self.send_events(next(id for id, name in USERS.items() if name == query))
+        elif path.startswith("/demo/"):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            user = next(id for id, name in USERS.items() if name == body["user"])
+            self.exchange = [None] * 4  # the page's own are not shown
+            self.reply(200, PAGE_ASKS[path](self.server, user, body))
+        else:
+            super().respond()
+
+    do_GET = do_POST = respond
+
+    def send_events(self, user):
+        """Send what a person sees, whenever it changes, until the page is closed."""
+        self.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+                   b"Connection: close\r\n\r\n")
+        shown = ""
+        with contextlib.suppress(OSError):
+            while not is_readable(self.connection):
+                now = json.dumps(self.server.seen_by(user))
+                if now != shown:
+                    self.wfile.write(f"data: {now}\n\n".encode())
+                    shown = now
+                time.sleep(0.1)
+
+
+class Demo(StandIn):
+    """A stand-in with a page, where four kinds of channels and of failures can be tried."""
+
+    def __init__(self, port=0):
+        super().__init__(port=port, handler=DemoHandler)
+        self.failing = "well"
+        self.told_at = []  # when each ephemeral text came, in milliseconds
+
+    def seen_by(self, user):
+        """Return all that the page shows to a person."""
+        with self.lock:
+            while len(self.told_at) < len(self.ephemeral):
+                self.told_at.append(time.time_ns() // 10**6)
+            posts = [{
+                "id": post["id"], "channel": post["channel_id"], "author": USERS[post["user_id"]],
+                "bot": "bot" if post["user_id"] == BOT else "",
+                "root": post["root_id"], "message": post["message"], "only": "",
+                "attachments": [
+                    {"color": attachment["color"],
+                     "buttons": [action["name"] for action in attachment["actions"]]}
+                    for attachment in post["props"].get("attachments", ())],
+                "made": post["create_at"],
+                "at": self.posts[post["root_id"] or post["id"]]["create_at"],
+            } for post in self.posts.values()]
+            posts += [{"id": f"ephemeral{number}", "channel": channel, "author": USERS[to],
+                       "bot": "", "root": "", "message": text, "only": USERS[to],
+                       "attachments": [], "made": at, "at": at}
+                      for at, (number, (to, channel, text)) in zip(
+                          self.told_at, enumerate(self.ephemeral))]
+            numbers = [number for number, (to, *_) in enumerate(self.dialogs, 1) if to == user]
+            number = max(numbers, default=0)
+            wire = [[way, call, body if isinstance(body, str) else json.dumps(body), str(answer)]
+                    for way, call, body, answer in self.wire[-50:]]
+            return {
+                "posts": sorted(posts, key=lambda post: post["at"]),
+                "channels": list(CHANNELS_OF_THE_PAGE.items()),
+                "number": number, "dialog": self.dialogs[number - 1][2] if number else None,
+                "failure": self.failing, "failures": list(FAILURES),
+                "wire": json.loads(json.dumps(wire).replace(SLASH_TOKEN, "\u2022\u2022\u2022")),
+            }
+
+    def on_say(self, user, body):
+        """Do what a person typed: a command, or a message to everybody."""
+        text, channel_id = body["text"].strip(), body["channel"]
+        word, _, rest = text.partition(" ")
+        complaint = ""
+        if word == "/ticket":
+            answer = self.run_command(rest.strip(), user, channel_id)
+            complaint = answer if answer.startswith("Command with") else ""
+        elif word == "/invite":
+            complaint = self.invite(rest.strip(), channel_id)
+        elif word.startswith("/"):
+            complaint = f"Command with a trigger of '{word}' not found."
+        else:
+            with self.lock:
+                now = time.time_ns() // 10**6
+                post = {"id": new_id(), "create_at": now, "user_id": user, "root_id": "",
+                        "channel_id": channel_id, "message": text, "props": {}}
+                self.posts[post["id"]] = post
+        return {"complaint": complaint}
+
+    def invite(self, name, channel_id):
+        """Make the bot a member of a channel; return what is wrong with that."""
+        channel = self.channels[channel_id]
+        if name != "@ticket-bot" or channel.kind == "D":
+            return "Nobody of this name can be invited here."
+        channel.members.add(BOT)
+        return ""
+
+    def on_submit(self, user, body):
+        """Submit a dialog; return what the client is told."""
+        return self.submit_dialog(body["answers"], body["number"] - 1, user, body["channel"])
+
+    def on_press(self, user, body):
+        """Press a button of a post."""
+        if seen := self.press(body["post"], body["button"], user):
+            self.ephemeral.append((user, body["channel"], seen))
+        return {}
+
+    def on_fail(self, _, body):
+        """Let Mattermost fail from now on, or be well."""
+        self.failing = body["failure"]
+        self.failure = FAILURES[self.failing]
+        return {}
+
+
+CHANNELS_OF_THE_PAGE = {
+    HELPDESK: "helpdesk: the bot is in", QUIET: "quiet: public, the bot is not in",
+    SECRET: "secret: private, the bot is not in", DIRECT: "alice and bob: a direct message"}
+PAGE_ASKS = {"/demo/say": Demo.on_say, "/demo/submit": Demo.on_submit,
+             "/demo/press": Demo.on_press, "/demo/fail": Demo.on_fail}
+
+
+def run_demo(port):
+    """Run the stand-in with its page, and the service, until Ctrl-C; return the exit status."""
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        stand_in = Demo(port)
+    except OSError as error:
+        print(f"Port {port} can't be used ({error.strerror}), so another is.")
+        stand_in = Demo()
+    try:
+        settings = ticket_service.Settings.from_environment({
+            "MATTERMOST_URL": stand_in.url, "BOT_TOKEN": BOT_TOKEN, "SLASH_TOKEN": SLASH_TOKEN,
+            "CALLBACK_URL": CALLBACK_URL, "PORT": "0",
+            "FORM_FILE": os.environ.get("FORM_FILE", "")})
+    except ticket_service.SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    service = ticket_service.Server(ticket_service.Desk(settings), "127.0.0.1", settings.port)
+    stand_in.service = ("127.0.0.1", service.server_port)
+    for server in (stand_in, service):
+        threading.Thread(target=server.serve_forever, args=(0.1,)).start()
+    print(f"Open {stand_in.url}/ in a browser. Ctrl-C ends it.", flush=True)
+    signal.sigwait(signals)
+    service.shutdown()
+    stand_in.shutdown()
+    return 0
+
 
 class DemoTest(Case):
     """The page's own endpoints."""
@@ -2893,6 +3549,10 @@ class DemoTest(Case):
             self.assertNotRegex(page, "(src|href)=.https?:")
 
     def test_a_ticket_is_filed_closed_and_seen_by_others(self):
+        def shown_as(status):
+            return [{"color": STATUSES[status]["color"],
+                     "buttons": [STATUSES[to]["button"] for to in STATUSES[status]["buttons"]]}]
+
         with self.events() as alice, self.events("bob") as bob:
             self.assertEqual(self.ask("say", text="/ticket disk is full"), {"complaint": ""})
             state = alice(lambda state: state["dialog"])
@@ -2903,17 +3563,21 @@ class DemoTest(Case):
             self.assertEqual(self.ask("submit", number=number, answers=answers_to()), {})
             state = alice(lambda state: len(state["posts"]) == 3)
             root, reply, confirmation = state["posts"]
-            self.assertEqual((root["buttons"], reply["root"]), (["Close"], root["id"]))
-            self.assertEqual(confirmation["only"], "alice")
+            self.assertEqual((reply["root"], confirmation["only"]), (root["id"], "alice"))
             self.assertNotIn(SLASH_TOKEN, json.dumps(state["wire"]))
-            self.ask("press", user="bob", post=root["id"])
-            state = bob(lambda state: len(state["posts"]) == 4)
-            self.assertEqual(state["posts"][0]["buttons"], ["Reopen"])
+            shown = shown_as("open")
+            for number, (user, status) in enumerate(
+                    (("alice", "taken"), ("bob", "taken"), ("bob", "closed")), 4):
+                self.assertEqual(root["attachments"], shown)
+                self.ask("press", user=user, post=root["id"], button=STATUSES[status]["button"])
+                state = bob(lambda state, number=number: len(state["posts"]) == number)
+                root, shown = state["posts"][0], shown_as(status)
+            self.assertEqual(root["attachments"], shown)
             self.assertIsNone(state["dialog"])
 
     def test_a_private_channel_asks_for_an_invitation_and_gets_it(self):
         self.ask("say", channel=SECRET, text="/ticket")
-        self.assertIn("/invite @ticket-bot", self.mattermost.ephemeral[0][2])
+        self.assertEqual(self.mattermost.ephemeral[0][2], cant_post("not a member"))
         self.assertEqual(self.ask("say", channel=SECRET, text="/invite @ticket-bot"),
                          {"complaint": ""})
         self.ask("say", channel=SECRET, text="/ticket")
@@ -2925,7 +3589,7 @@ class DemoTest(Case):
                          ["good morning"])
 
     def test_each_failure_keeps_the_dialog_open_and_ends_with_its_switch(self):
-        self.service.desk.patience, self.service.desk.mattermost.timeout = 0, 0.2
+        self.service.desk.mattermost.patience, self.service.desk.mattermost.timeout = 0, 0.2
         for failure in FAILURES:
             with self.subTest(failure):
                 self.ask("say", text="/ticket")
@@ -2954,52 +3618,6 @@ class DemoTest(Case):
                               capture_output=True, text=True)
         self.assertEqual(done.returncode, 2)
         self.assertIn("FORM_FILE can't be read", done.stderr)
-
-
-# ------------------------------------------------------------------------- the files beside it
-
-class FilesTest(unittest.TestCase):
-    """What README, Containerfile and unit say of the program is so."""
-
-    unit = (HERE / "ticket-service.container").read_text(encoding="utf-8")
-    containerfile = (HERE / "Containerfile").read_text(encoding="utf-8")
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-
-    def test_the_unit_sets_what_the_program_needs_and_knows(self):
-        names = re.findall(r"(?m)^#?Environment=(\w+)=", self.unit)
-        names += re.findall(r"(?m)^Secret=.*,target=(\w+)", self.unit)
-        self.assertLessEqual(set(names), set(ticket_service.VARIABLES))
-        self.assertLessEqual(set(SettingsTest.required), set(names))
-
-    def test_the_containerfile_sets_only_what_python_knows(self):
-        self.assertEqual(set(re.findall(r"(\w+)=1", self.containerfile)),
-                         {"PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"})
-        self.assertEqual(re.findall(r"(?m)^COPY .*? (\S+) /app/", self.containerfile),
-                         ["ticket_service.py"])
-
-    def test_the_port_is_the_same_everywhere(self):
-        self.assertEqual(SettingsTest().read().port, 8080)
-        self.assertIn("PublishPort=8080:8080\n", self.unit)
-        self.assertIn("EXPOSE 8080\n", self.containerfile)
-        self.assertIn("| `PORT` | `8080` |", self.readme)
-
-    def test_the_health_command_is_one_that_exists(self):
-        for command in re.findall(r"(?m)^Health(?:Startup)?Cmd=(.*)", self.unit):
-            python, path, option = json.loads(command)
-            self.assertEqual(json.dumps([python, path]), re.search(
-                r"(?m)^ENTRYPOINT (.*)", self.containerfile)[1])
-            self.assertEqual(option, "--health")
-
-    def test_the_readme_lists_every_setting(self):
-        for name in ticket_service.VARIABLES:
-            self.assertIn(f"\n| `{name}` |", self.readme)
-
-    def test_the_readme_runs_what_exists(self):
-        scripts = re.findall(r"python3 (\w+\.py)", self.readme)
-        self.assertEqual(set(scripts), {"ticket_service.py", "test_ticket_service.py"})
-        self.assertIn("python3 -m unittest\n", self.readme)
-        secrets_made = set(re.findall(r"podman secret create ([\w-]+)", self.readme))
-        self.assertLessEqual(set(re.findall(r"(?m)^#?Secret=([\w-]+)", self.unit)), secrets_made)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ The life of a ticket:
 3. The ticket is posted in the channel, once, however often the dialog is submitted.
 4. When the answer has gone out, the person gets an ephemeral confirmation with the ticket's ID, and
    the bot replies in the thread, which makes the reporter follow it.
+5. Buttons in the post take, close and reopen the ticket: Mattermost calls `POST /ticket/action`.
 
-Its button, which closes and reopens it, calls `POST /ticket/action`.
-
-To change the form, edit FORM or name a file in FORM_FILE. What people read is below FORM, how a
-ticket looks is in ticket_message(). `--help` lists the settings; the rest is in README.md.
+To change the form, edit FORM or name a file in FORM_FILE. What a ticket can be is in STATUSES, what
+people read is below it, how a ticket looks is in ticket_message(). `--help` lists the settings;
+the rest is in README.md.
 """
 
 import argparse
@@ -23,10 +23,12 @@ import collections
 import contextlib
 import email.utils
 import functools
+import hashlib
+import hmac
 import http.client
 import http.server
-import hmac
 import io
+import ipaddress
 import json
 import logging
 import math
@@ -58,13 +60,15 @@ log = logging.getLogger("ticket")
 # Mattermost's own dialog object, as it goes over the wire:
 # https://developers.mattermost.com/integrate/plugins/interactive-dialogs/
 # One entry is the field in the dialog, the rule its answer is checked by, and the line in the
-# ticket. An option may carry "mention": "@team-or-user", which goes into a ticket that chose it.
+# ticket. Three keys are ours: "mention": "@team-or-user" of an option goes into a ticket that chose
+# it, and of the form itself into every ticket; "code": True shows a textarea's answer as typed.
 FORM = {
     "title": "New ticket",
     "submit_label": "Create ticket",
     "elements": [
         {
             "display_name": "Cluster", "name": "cluster", "type": "select",
+            "placeholder": "Choose a cluster",
             "options": [
                 {"text": "Production", "value": "prod"},
                 {"text": "Development / Test", "value": "dev"},
@@ -78,64 +82,123 @@ FORM = {
         {
             "display_name": "Problem description", "name": "problem", "type": "textarea",
             "placeholder": "What happens, since when, and what did you expect?",
+            "help_text": "Put logs between two lines of three backticks (```).",
+            "max_length": 10_000,  # Mattermost's clients cut what is pasted, at 3,000 by default
         },
         {
             "display_name": "Network information", "name": "network", "type": "textarea",
-            "optional": True, "help_text": "IP addresses, ports",
+            "optional": True, "help_text": "IP addresses, ports", "code": True,
         },
     ],
 }
 
-# What a ticket can be: its last line, the button that makes it so, the reply in the thread, and
-# what somebody reads who pressed too late. The hashtags find all tickets that are open, or closed.
-STATUS_LABEL = "**Status:**"
+# What a ticket can be: its words (`tag` is what people search for), the buttons that lead on from
+# it, by the status they lead to, and the colour of the bar beside them.
 STATUSES = {
     "open": {
-        "line": f"{STATUS_LABEL} #ticket-open",
+        "tag": "#ticket-open",
+        "line": "**Status:** #ticket-open",
+        "buttons": ("taken", "closed"), "color": "#1C58D9",
         "button": "Reopen",
-        "reply": "@{user_name} reopened this ticket.",
+        "reply": "{user_name} reopened this ticket.",
         "already": "This ticket is already reopened by @{user_name}.",
     },
+    "taken": {
+        "tag": "#ticket-taken",
+        "line": "**Status:** #ticket-taken by @{user_name}",
+        "buttons": ("taken", "closed"), "color": "#FFBC1F",
+        "button": "Take",
+        "reply": "@{user_name} takes care of this ticket.",  # a mention: who takes it follows it
+        "already": "This ticket is already taken by @{user_name}.",
+    },
     "closed": {
-        "line": f"{STATUS_LABEL} #ticket-closed by @{{user_name}}",
+        "tag": "#ticket-closed",
+        "line": "**Status:** #ticket-closed by @{user_name}",
+        "buttons": ("open",), "color": "#AEB4C0",
         "button": "Close",
-        "reply": "@{user_name} closed this ticket.",
+        "reply": "{user_name} closed this ticket.",
         "already": "This ticket is already closed by @{user_name}.",
     },
 }
 
 YES, NO = "yes", "no"
-REPLY = "Please reply in this thread: questions, news and the solution belong here."
+FOR = "**For:** {mention}"
+THREAD = "**Thread:** [where it was asked]({link})"
+REPLY = "Please reply in this thread: questions, news, screenshots and the solution belong here."
 CHANGED = "@{user_name} submitted the form again, with other answers:"
 CONFIRMATION = "Your ticket has been created: [{ticket_id}]({link})"
 
-# Instead of the form, after `/ticket`. INVITE and ARCHIVED also stand in a form that was submitted.
-THIS_CHANNEL, THE_TICKET_CHANNEL = "this channel", "the ticket channel"
-TYPE_AGAIN, SUBMIT_AGAIN = "type `/ticket` again", "submit again"
-INVITE = ("I can't post in {place} yet. Invite me there with `/invite @{bot}`, then {again}. "
-          "(If I am not in the team, a team admin has to add me first.)")
-ARCHIVED = "I can't post in {place}: it is archived. Please use another channel."
-NO_CHANNEL = "I can't post in {place}: it does not exist. Please tell your Mattermost admin."
-USE_A_CHANNEL = "I can't post in direct and group messages. Please type `/ticket` in a channel."
-BAD_TOKEN = "Mattermost does not accept my bot token. Please tell your Mattermost admin."
+# Where the bot can't post: what is said instead of the form, above the buttons of a form that was
+# submitted, where all tickets go to one channel, and to the admin by --check. Mattermost shows our
+# answers under the person's own name, so none of these says "I".
+CANT_POST = {
+    "not a member": {
+        "command": "@{bot} can't post in this channel yet: type `/invite @{bot}`, then `/ticket` "
+                   "again. (If it is not in the team, a team admin has to add it first.)",
+        "submission": "@{bot} can't post in the channel any more: type `/invite @{bot}` there, "
+                      "then submit again.",
+        "ticket channel": "@{bot} can't post in the ticket channel. Please tell your admin.",
+        "admin": "@{bot} is not a member: type `/invite @{bot}` in that channel (if it is not in "
+                 "the team, a team admin has to add it first)",
+    },
+    "archived": {
+        "command": "This channel is archived. Please type `/ticket` in another one.",
+        "submission": "The channel is archived. Copy your text, and use `/ticket` in another one.",
+        "ticket channel": "The ticket channel is archived. Please tell your Mattermost admin.",
+        "admin": "the channel is archived: unarchive it, or set another one",
+    },
+    "unknown": {
+        "command": "Mattermost does not find this channel. Please tell your Mattermost admin.",
+        "submission": "Mattermost does not find the channel. Please tell your Mattermost admin.",
+        "ticket channel": "The ticket channel does not exist. Please tell your Mattermost admin.",
+        "admin": "there is no such channel: its ID is in the channel's menu, under View Info",
+    },
+    "direct": {
+        "command": "@{bot} files no tickets in direct and group messages. Please type `/ticket` "
+                   "in a channel.",
+        "submission": "@{bot} files no tickets in direct and group messages. Copy your text, and "
+                      "use `/ticket` in a channel.",
+        "ticket channel": "The ticket channel is a direct message. Please tell your admin.",
+        "admin": "it is a direct or group message: set the ID of a channel",
+    },
+    "read only": {
+        "command": "@{bot} may not post in this channel: its admin has to let members, or @{bot}, "
+                   "post.",
+        "submission": "@{bot} may not post in the channel: its admin has to let members, or "
+                      "@{bot}, post. Then submit again.",
+        "ticket channel": "@{bot} may not post in the ticket channel. Please tell your admin.",
+        "admin": "@{bot} is a member, but may not post: let members, or it, create posts there",
+    },
+}
+
+# Instead of the form, after `/ticket`.
 FORM_LATE = "The form came too late for Mattermost. Please type `/ticket` again."
 FORM_NOT_OPENED = "Mattermost did not open the form. Please type `/ticket` again in a moment."
+FORM_REFUSED = "Mattermost refused to open the form. Please tell your Mattermost admin."
 FORM_TOO_SMALL = "The form holds only the beginning of what you typed."
 WHAT_YOU_TYPED = "What you typed:"
+
+# Instead of the form, or above its buttons.
+BAD_TOKEN = "Mattermost does not accept the bot's token. Please tell your Mattermost admin."
+IN_BETWEEN = ("Something between the ticket service and Mattermost refused it ({status}). "
+              "Please tell your admin.")
+OUR_FAULT = "Something went wrong in the ticket service. Please try again, or tell your admin."
 
 # In the form, above its buttons.
 FORM_INVALID = "This form is no longer valid. Copy your text, type /ticket and paste it."
 NOT_REACHED = "Mattermost does not answer. Submit again in a moment: that makes one ticket only."
-NOT_ACCEPTED = "Mattermost did not accept the ticket. Submit again in a moment, or tell your admin."
+NOT_ACCEPTED = "Mattermost did not accept the ticket. Please tell your admin, or change it."
+REJECTED = "Mattermost did not accept the ticket: {reason}"
 DAY_FULL = "All ticket IDs of today are used up. Please submit again after midnight UTC."
 TICKET_TOO_LONG = "The ticket is {excess} characters too long. Please shorten it and submit again."
 TOO_LONG_THERE = "The ticket is too long for this Mattermost. Please shorten it and submit again."
-OUR_FAULT = "Something went wrong in the ticket service. Please try again, or tell your admin."
 
 # After a button was pressed.
-NOT_OUR_BUTTON = ("This button does not belong to a ticket of mine, so nothing was changed. "
+NOT_OUR_BUTTON = ("This button does not belong to a ticket of this service; nothing was changed. "
                   "Please tell your Mattermost admin.")
-NOT_CHANGED = "I can't read this ticket now; it stays as it is. Try again, or invite me here."
+PRESS_AGAIN = "Mattermost does not answer; nothing was changed. Press again in a moment."
+NOT_READABLE = ("The ticket's bot can't read this channel any more; nothing was changed. Invite "
+                "it again, then press again.")
 
 # In the form, under a field.
 REQUIRED = "Please fill in this field."
@@ -149,194 +212,577 @@ TOO_SHORT = "Please write at least {limit} characters."
 TOO_LONG = "Please write at most {limit} characters: {excess} are too many."
 
 
-# ------------------------------------------------------------------------------- 2. Settings
-
-VARIABLES = {
-    "MATTERMOST_URL": "where this service reaches Mattermost: https://mattermost.example.com",
-    "BOT_TOKEN": "access token of the bot account",
-    "SLASH_TOKEN": "token of the slash command; several (one per team) with commas in between",
-    "CALLBACK_URL": "where Mattermost reaches this service: http://tickets.example.com:8080",
-    "PORT": "port to listen on; default 8080",
-    "TICKET_CHANNEL": "ID of one channel for all tickets; default: where /ticket is typed",
-    "FORM_FILE": "JSON file with a form of your own; default: the built-in form",
-    "SSL_CERT_FILE": "CA certificates to trust; default: those of the system",
-}
-FROM_FILE = ("MATTERMOST_URL", "BOT_TOKEN", "SLASH_TOKEN", "CALLBACK_URL", "TICKET_CHANNEL")
-
-ID = re.compile("[A-Za-z0-9]{1,64}")  # of anything in Mattermost: what may become part of a URL
-PRINTABLE = re.compile("[!-~]+")
+# ------------------------------------------ 2. What a form may be, and what may be answered
 
 # Mattermost only logs what breaks these limits, but refuses a whole dialog for a wrong JSON type.
-LABEL_BYTES, NAME_BYTES, HELP_BYTES = 24, 300, 150
-DEFAULT_BYTES = {"text": 150, "textarea": 3000, "select": 3000, "radio": 3000, "bool": 150}
-MAX_LENGTH = {"text": 150, "textarea": 3000}  # characters, where an element does not say
+LABEL_BYTES, NAME_BYTES, HELP_BYTES, LONG_BYTES = 24, 300, 150, 3000
+NUMBER_LIMIT, LIST_LIMIT = 2**31 - 1, 10_000
+JSON_TYPES = {str: "a text", bool: "true or false", int: "a whole number", list: "a list"}
 SUBTYPES = ("", "text", "email", "number", "tel", "url")
-JSON_TYPES = (
-    (str, "a text", ("display_name", "name", "subtype", "default", "placeholder", "help_text",
-                     "data_source")),
-    (bool, "true or false", ("optional", "multiselect")),
-    (int, "a whole number", ("min_length", "max_length")),
-    (list, "a list", ("options",)),
-)
+MENTION = re.compile(r"@[\w.-]+")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029\u2424]")  # what Mattermost's clients break at
+UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+# Without escapes: they would push a long ticket over Mattermost's limit of 300,000 bytes.
+JSON = json.JSONEncoder(ensure_ascii=False)
+
+JOINER = "\u2060"  # invisible; Mattermost sees no mention, image or hashtag where it stands
+TAG_NAMES = "|".join(status["tag"][1:] for status in STATUSES.values())
+STATUS_TAG = re.compile(rf"#(?=(?:{TAG_NAMES})(?![-_.]*[^\W_]))", re.IGNORECASE)
+CHANNEL_MENTION = r"(?<![^\W_])@(?=(?:all|channel|here)(?![^\W_]))"
+# What makes an image of ![…]: what follows the brackets, which are read as Mattermost's web
+# client does; after an escape or code in them the clients differ, so there anything that follows.
+IMAGE = (r"!(?=\[(?:(?:\[[^\]]*\]|[^\[\]]|\](?=[^\[\]]*\]))*|[^\]\\`<]*[\\`<].*?)"
+         r"\](?:\(|\s*\[))")
+UNSAFE = re.compile(f"{CHANNEL_MENTION}|{IMAGE}", re.IGNORECASE | re.DOTALL)
+# Where a text defines what [x] is, ![x] alone is an image, too.
+DEFINITION = re.compile(r"^[ >]*\[[^\]]+\]:", re.MULTILINE)
+PERHAPS_UNSAFE = re.compile(rf"{CHANNEL_MENTION}|!(?=\[)", re.IGNORECASE)
+FENCED = re.compile(r"^(`{3,}|~{3,})[\w.+-]*\n(?:(?!.*\1).*\n)*\1$", re.MULTILINE)
+TABLE = re.compile(r"^[|: ]*-[-|: ]*$", re.MULTILINE)
+INLINE_CODE = re.compile(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)")
+# Prose that begins and ends nothing outside itself: links, emphasis, snake_case, bullets.
+COMPLETE = re.compile(
+    r"\[[^][]*\](?:\([^()]*\)|(?!\())|(\*\*?|__?|~~)(?=\S)[^*_~]+\1|(?<=\w)_(?=\w)|^\s*[*+-] ")
+LOOSE = re.compile(r"[][`<*_~]|\\$|(?:://|www\.)\S*$", re.IGNORECASE)
+
+
+def json_bytes(value):
+    """Return JSON in UTF-8."""
+    return JSON.encode(value).encode("utf-8", "replace")
+
+
+def clean(text):
+    """Return what a person typed, with plain line ends and without what can't be seen or sent."""
+    return UNSEEN.sub("", LINE_ENDS.sub("\n", text)).strip()
+
+
+def longest_run(mark, text):
+    """Return how often a character stands in a row at the most."""
+    return max(map(len, re.findall(f"{mark}+", text)), default=0)
+
+
+def fenced(text):
+    """Return Markdown that shows a text as it is."""
+    fence = "`" * max(3, longest_run("`", text) + 1)
+    return f"{fence}\n{text}\n{fence}"
+
+
+def inline_code(text):
+    """Return Markdown that shows one line as it is."""
+    ticks = "`" * (longest_run("`", text) + 1)
+    room = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{room}{text}{room}{ticks}"
+
+
+def block_quote(text):
+    """Return Markdown that quotes a text; without the empty line the quote would go on."""
+    return "".join(f"> {line}\n" for line in text.split("\n")) + "\n"
+
+
+def untagged(text):
+    """Return a text that puts no ticket into a list of open, taken or closed ones."""
+    return STATUS_TAG.sub(f"#{JOINER}", text)
+
+
+def inline_code_in(text, start, end):
+    """Yield where inline code is in a part of a text without fences: (start, end).
+
+    Only where all readers of Markdown see it: not if something that began before it in the same
+    paragraph may end in it, or begin in it and end after it.
+    """
+    if TABLE.search(text, start, end):
+        return
+    sure = True
+    for line in text[start:end].split("\n"):
+        prose = INLINE_CODE.split(line)[::2]
+        sure = ((sure or not line.strip())
+                and not any(LOOSE.search(COMPLETE.sub("", part)) for part in prose))
+        if sure:
+            for code in INLINE_CODE.finditer(line):
+                yield start + code.start(), start + code.end()
+        start += len(line) + 1
+
+
+def code_in(text):
+    """Yield where code is in Markdown: (start, end) of each fence and of inline code."""
+    end = 0
+    for fence in FENCED.finditer(text):
+        if re.search("```|~~~", text[end:fence.start()]):  # it may begin or end in another place
+            return
+        yield from inline_code_in(text, end, fence.start())
+        yield fence.span()
+        end = fence.end()
+    yield from inline_code_in(text, end, len(text))
+
+
+def harmless(text):
+    """Return Markdown that pings nobody but persons, and makes nobody's client load an image.
+
+    Nothing is changed in code: nothing can happen there, and people copy from it.
+    """
+    code = {index for start, end in code_in(text) for index in range(start, end)}
+    # To look for the end of each of very many images would take seconds.
+    unsure = DEFINITION.search(text) or text.count("![") > 100
+    unsafe = PERHAPS_UNSAFE if unsure else UNSAFE
+    return unsafe.sub(
+        lambda match: match[0] if match.start() in code else match[0] + JOINER, text)
+
+
+def size_of(value):
+    """Return the bytes of a text, the length of a list, or a number itself."""
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "replace"))
+    return len(value) if isinstance(value, list) else value
+
+
+def sound_part(thing, keys):
+    """Yield what is wrong with the keys of a JSON object; return the part that has the right types.
+
+    `keys` are those that it may have: each with its JSON type, and the least and the most that a
+    number, the bytes of a text or the length of a list may be.
+    """
+    sound = {}
+    for key, value in thing.items():
+        if key not in keys:
+            yield f"{key} is not one of {', '.join(keys)}"
+        elif type(value) is not keys[key][0]:
+            yield f"{key} must be {JSON_TYPES[keys[key][0]]}"
+        else:
+            sound[key] = value
+    for key, (kind, least, most) in keys.items():
+        if key not in thing and least:
+            yield f"{key} is missing"
+        elif key in sound:
+            size = size_of(sound[key])
+            if not least <= size <= most:
+                unit = {str: "bytes", list: "entries"}.get(kind, "as its value")
+                yield f"{key} must have {least} to {most} {unit}, not {size}"
+    return sound
+
+
+class Element:
+    """A field of the form. What a type of Mattermost's means is all in a subclass.
+
+    Made from the JSON object of an element whose keys have the right types.
+    """
+
+    keys = {
+        "type": (str, 1, 20), "name": (str, 1, NAME_BYTES), "display_name": (str, 1, LABEL_BYTES),
+        "help_text": (str, 0, HELP_BYTES), "optional": (bool, 0, 1),
+        "default": (str, 0, 150), "placeholder": (str, 0, 150),
+    }
+    nothing = ""  # what is meant by an answer without anything in it
+
+    def __init__(self, element):
+        self.element = element
+        self.name = element.get("name")
+        self.label = f"**{element.get('display_name')}:**"
+
+    def problems(self):
+        """Yield what is wrong with the element, but for its keys."""
+        default = self.element.get("default")
+        if default:
+            _, problem = type(self)({**self.element, "optional": True}).read(default)
+            if problem:
+                yield f"default: {problem}"
+
+    def for_mattermost(self):
+        """Return the element as Mattermost knows it."""
+        return self.element
+
+    def read(self, value):
+        """Return the answer in a submitted value, or None, and what is wrong with it, or None.
+
+        Clients leave out what was not touched, or send null or ""; a number may come as a text.
+        """
+        if isinstance(value, (list, dict)):
+            return None, NOT_TEXT
+        if not isinstance(value, str):
+            value = "" if value is None else json.dumps(value)
+        text = clean(value) or self.nothing
+        if not text:
+            return None, None if self.element.get("optional") else REQUIRED
+        return self.accept(text)
+
+
+class Text(Element):
+    """A line of text, which a ticket shows as inline code."""
+
+    keys = {**Element.keys, "subtype": (str, 0, 20),
+            "min_length": (int, 0, NUMBER_LIMIT), "max_length": (int, 0, NUMBER_LIMIT)}
+    longest = 150  # characters, if max_length does not say it
+
+    def __init__(self, element):
+        super().__init__(element)
+        self.least = element.get("min_length", 0)
+        self.most = element.get("max_length") or self.longest
+
+    def problems(self):
+        """Yield what is wrong with the element, but for its keys."""
+        yield from super().problems()
+        if self.element.get("subtype", "") not in SUBTYPES:
+            yield f"subtype must be one of {', '.join(SUBTYPES[1:])}"
+        if self.least > self.most:
+            yield f"min_length must not be more than max_length, {self.most}"
+
+    def accept(self, text):
+        """Return the answer in what was typed, and what is wrong with it."""
+        subtype = self.element.get("subtype")
+        problem = None
+        if len(text) < self.least:
+            problem = TOO_SHORT.format(limit=self.least)
+        elif len(text) > self.most:
+            problem = TOO_LONG.format(limit=self.most, excess=len(text) - self.most)
+        elif subtype == "number" and not NUMBER.fullmatch(text):
+            problem = NOT_A_NUMBER
+        elif subtype == "email" and "@" not in text:
+            problem = NOT_AN_EMAIL
+        elif subtype == "url" and not ("http://" in text or "https://" in text):
+            problem = NOT_A_URL
+        return text, problem
+
+    def lines(self, answer):
+        """Return what a ticket says of an answer."""
+        return f"{self.label} {inline_code(untagged(answer.replace(chr(10), ' ')))}\n"
+
+
+class Textarea(Text):
+    """Several lines: a ticket quotes them as Markdown, or shows them as typed, with `code`."""
+
+    keys = {**Text.keys, "default": (str, 0, LONG_BYTES), "placeholder": (str, 0, LONG_BYTES),
+            "code": (bool, 0, 1)}
+    longest = 3000
+
+    def for_mattermost(self):
+        """Return the element as Mattermost knows it."""
+        return {key: value for key, value in self.element.items() if key != "code"}
+
+    def lines(self, answer):
+        """Return what a ticket says of an answer."""
+        if self.element.get("code"):
+            return f"{self.label}\n{fenced(untagged(answer))}\n"
+        return f"{self.label}\n{block_quote(untagged(harmless(answer)))}"
+
+
+class Select(Element):
+    """One of several options; a radio is the same."""
+
+    keys = {**Element.keys, "default": (str, 0, LONG_BYTES), "placeholder": (str, 0, LONG_BYTES),
+            "options": (list, 1, LIST_LIMIT)}
+    option_keys = {"text": (str, 1, LONG_BYTES), "value": (str, 1, LONG_BYTES),
+                   "mention": (str, 0, LONG_BYTES)}
+
+    def problems(self):
+        """Yield what is wrong with the element, but for its keys."""
+        values = set()
+        for number, option in enumerate(self.element.get("options", []), 1):
+            if not isinstance(option, dict):
+                yield f"option {number} must be a JSON object"
+                continue
+            for problem in (*sound_part(option, self.option_keys), *mention_problems(option)):
+                yield f"option {number}: {problem}"
+            value = str(option.get("value"))
+            if value in values:
+                yield f"option {number}: another one has the same value"
+            values.add(value)
+        if values and self.element.get("default") not in ("", None, *values):
+            yield f"default {self.element['default']!r} is not the value of an option"
+
+    def for_mattermost(self):
+        """Return the element as Mattermost knows it."""
+        options = [{"text": option["text"], "value": option["value"]}
+                   for option in self.element["options"]]
+        return {**self.element, "options": options}
+
+    def accept(self, text):
+        """Return the answer in what was chosen, and what is wrong with it."""
+        for option in self.element["options"]:
+            if clean(option["value"]) == text:
+                return option["value"], None
+        return None, NOT_AN_OPTION
+
+    def lines(self, answer):
+        """Return what a ticket says of an answer."""
+        option = next(one for one in self.element["options"] if one["value"] == answer)
+        mention = f" {option['mention']}" if "mention" in option else ""
+        return f"{self.label} {inline_code(option['text'])}{mention}\n"
+
+
+class Bool(Element):
+    """A box to tick."""
+
+    nothing = "false"
+
+    def accept(self, text):
+        """Return whether the box was ticked, and what is wrong with that."""
+        if text.lower() not in ("true", "false"):
+            return None, NOT_AN_OPTION
+        ticked = text.lower() == "true"
+        return ticked, None if ticked or self.element.get("optional") else NOT_TICKED
+
+    def lines(self, answer):
+        """Return what a ticket says of an answer."""
+        return f"{self.label} `{YES if answer else NO}`\n"
+
+
+TYPES = {"text": Text, "textarea": Textarea, "select": Select, "radio": Select, "bool": Bool}
+
+
+def mention_problems(thing):
+    """Yield what is wrong with the mention of an option or a form."""
+    if not MENTION.fullmatch(str(thing.get("mention", "@nobody"))):
+        yield "mention must look like @team-or-user"
+
+
+def element_problems(element):
+    """Yield what is wrong with an element of a form."""
+    if not isinstance(element, dict):
+        yield "must be a JSON object"
+        return
+    kind = TYPES.get(str(element.get("type")))
+    if not kind:
+        yield f"type {element.get('type')!r} is not supported, only {', '.join(TYPES)}"
+        return
+    sound = yield from sound_part(element, kind.keys)
+    yield from kind(sound).problems()
+
+
+class Form:
+    """The dialog that people fill in: as Mattermost gets it, and what its elements mean."""
+
+    keys = {"title": (str, 1, LABEL_BYTES), "submit_label": (str, 0, LONG_BYTES),
+            "introduction_text": (str, 0, LONG_BYTES), "icon_url": (str, 0, LONG_BYTES),
+            "elements": (list, 1, LIST_LIMIT), "mention": (str, 0, LONG_BYTES)}
+    ours = ("state", "callback_id", "notify_on_cancel")
+
+    def __init__(self, form):
+        """Take a form; raise ValueError with all that is wrong with it, a line each."""
+        if problems := list(self.problems(form)):
+            raise ValueError("\n".join(problems))
+        self.elements = [TYPES[element["type"]](element) for element in form["elements"]]
+        self.mention = form.get("mention")
+        self.dialog = {key: value for key, value in form.items() if key != "mention"}
+        self.dialog["callback_id"] = "ticket"
+        self.dialog["elements"] = [element.for_mattermost() for element in self.elements]
+        # A dialog is judged by the form that was opened: that of another one is not accepted.
+        self.fingerprint = hashlib.sha256(
+            json.dumps(form, sort_keys=True).encode()).hexdigest()[:16]
+
+    def problems(self, form):
+        """Yield what is wrong with a form: said at start, and not found out by people."""
+        if not isinstance(form, dict):
+            yield "must be a JSON object"
+            return
+        yield from (f"{key} is set by the service" for key in self.ours if key in form)
+        sound = yield from sound_part(
+            {key: value for key, value in form.items() if key not in self.ours}, self.keys)
+        yield from mention_problems(form)
+        names = set()
+        for number, element in enumerate(sound.get("elements", []), 1):
+            name = str(element.get("name") or number) if isinstance(element, dict) else number
+            yield from (f"element {name}: {problem}" for problem in element_problems(element))
+            if name in names:
+                yield f"element {name}: another one has the same name"
+            names.add(name)
+
+    def prefilled(self, text):
+        """Return the dialog with a text in its first textarea, and whether all of it found room."""
+        elements = list(self.dialog["elements"])
+        for index, element in enumerate(self.elements):
+            if text and isinstance(element, Textarea):
+                default = text[:element.most].encode()[:LONG_BYTES].decode(errors="ignore")
+                elements[index] = {**elements[index], "default": default}
+                return {**self.dialog, "elements": elements}, default == text
+        return self.dialog, not text
+
+    def read(self, submission):
+        """Return the answers in a submission, and what is wrong with them; both by element name."""
+        answers, errors = {}, {}
+        for element in self.elements:
+            answer, problem = element.read(submission.get(element.name))
+            if problem:
+                errors[element.name] = problem
+            elif answer is not None:
+                answers[element.name] = answer
+        return answers, errors
+
+    def lines(self, answers):
+        """Return the part of a ticket that shows the answers, in the order of the form."""
+        return "".join(element.lines(answers[element.name])
+                       for element in self.elements if element.name in answers)
+
+
+# ------------------------------------------------------------------------------- 3. Settings
+
+ID = re.compile("[A-Za-z0-9]{1,64}")  # of anything in Mattermost: what may become part of a URL
+TOKEN = re.compile("[A-Za-z0-9]+")
+PRINTABLE = re.compile("[!-~]+")
 
 
 class SettingsError(Exception):
     """All that is wrong with the settings, a line each."""
 
 
-def option_problems(element):
-    """Yield what is wrong with the options of a select or radio element."""
-    values = [""]
-    for option in element.get("options", []):
-        if not isinstance(option, dict) or not all(
-                isinstance(option.get(key), str) and option[key] for key in ("text", "value")):
-            yield "every option needs a text and a value"
-            return
-        if not re.fullmatch(r"@[\w.-]+", str(option.get("mention", "@nobody"))):
-            yield f"the mention of {option['text']!r} must look like @team-or-user"
-        values.append(option["value"])
-    if len(values) == 1:
-        yield "options are missing"
-    if len(values) > len(set(values)):
-        yield "two options have the same value"
-    if element.get("default", "") not in values:
-        yield f"default {element['default']!r} is not the value of an option"
+def text_of_file(path, most):
+    """Return the text in a file, at most so many characters; editors may put a mark before it."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read(most)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"can't be read: {error}") from error
 
 
-def element_problems(element):
-    """Yield what is wrong with an element of a form."""
-    kind = element.get("type")
-    if kind not in tuple(DEFAULT_BYTES):
-        yield f"type {kind!r} is not supported, only {', '.join(DEFAULT_BYTES)}"
-        return
-    wrong = [f"{key} must be {description}" for wanted, description, keys in JSON_TYPES
-             for key in keys if key in element and type(element[key]) is not wanted]
-    if wrong:
-        yield from wrong
-        return
-    for key, least, most in (
-            ("display_name", 1, LABEL_BYTES), ("name", 1, NAME_BYTES), ("help_text", 0, HELP_BYTES),
-            ("default", 0, DEFAULT_BYTES[kind]), ("placeholder", 0, DEFAULT_BYTES[kind])):
-        size = len(element.get(key, "").encode())
-        if not least <= size <= most:
-            yield f"{key} must have {least} to {most} bytes, not {size}"
-    if element.get("subtype", "") not in SUBTYPES:
-        yield f"subtype {element['subtype']!r} is not supported, only {', '.join(SUBTYPES[1:])}"
-    if element.get("data_source") or element.get("multiselect"):
-        yield "data_source and multiselect are not supported, only options"
-    longest = element.get("max_length") or MAX_LENGTH.get(kind, math.inf)
-    if not 0 <= element.get("min_length", 0) <= longest:
-        yield "min_length must be at least 0, and not more than max_length"
-    if kind == "bool" and element.get("default", "") not in ("", "true", "false"):
-        yield 'default must be "true" or "false"'
-    if kind in ("select", "radio"):
-        yield from option_problems(element)
-
-
-def form_problems(form):
-    """Yield what is wrong with a form, so that it is said at start and not found out by people."""
-    if not isinstance(form, dict):
-        yield "must be a JSON object"
-        return
-    for key in ("title", "submit_label", "introduction_text"):
-        if not isinstance(form.get(key, ""), str):
-            yield f"{key} must be a text"
-    if not 1 <= len(str(form.get("title", "")).encode()) <= LABEL_BYTES:
-        yield f"title must have 1 to {LABEL_BYTES} bytes"
-    elements = form.get("elements")
-    if not isinstance(elements, list) or not elements:
-        yield "elements must be a list with at least one element"
-        return
-    names = set()
-    for number, element in enumerate(elements, 1):
-        if not isinstance(element, dict):
-            yield f"element {number} must be a JSON object"
-            continue
-        name = str(element.get("name") or number)
-        yield from (f"element {name}: {problem}" for problem in element_problems(element))
-        if name in names:
-            yield f"element {name}: another one has the same name"
-        names.add(name)
-
-
-def checked_form(path):
+def read_form(path):
     """Return the form in a JSON file."""
     try:
-        with open(path, encoding="utf-8") as file:
-            form = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"can't be read: {error}") from error
-    if problems := list(form_problems(form)):
-        raise ValueError("\n".join(problems))
-    return form
+        return Form(json.loads(text_of_file(path, 1_000_000)))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: line {error.lineno}: {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
 
 
-def checked_url(text):
+def read_url(text):
     """Return an http or https URL, without a slash at its end."""
     url = urllib.parse.urlsplit(text)
     if not PRINTABLE.fullmatch(text) or url.scheme not in ("http", "https") or not url.hostname:
-        raise ValueError("must be a URL such as https://host or http://host:8080/path")
-    if url.port == 0 or any(mark in text for mark in "@?#"):
-        raise ValueError("must be a URL without user name, query and fragment")
+        raise ValueError("must be a URL such as https://host or http://host:8080/path, no quotes")
+    if url.port == 0 or any(mark in text for mark in "@?#\"'"):
+        raise ValueError("must be a URL without user name, query, fragment and quotes")
     return text.rstrip("/")
 
 
-def checked_token(text):
-    """Return a token that can stand in an HTTP header."""
-    if not PRINTABLE.fullmatch(text):
-        raise ValueError("must be printable ASCII without spaces")
+def read_mattermost_url(text):
+    """Return where Mattermost is; its API is below that."""
+    url = read_url(text)
+    if url.endswith("/api/v4"):
+        raise ValueError("must be the address of Mattermost itself, without /api/v4")
+    return url
+
+
+def read_callback_url(text):
+    """Return where this service is for Mattermost; its routes are below that."""
+    url = read_url(text)
+    if url.endswith("/ticket"):
+        raise ValueError("must be the address of the service itself, without /ticket")
+    return url
+
+
+def read_token(text):
+    """Return a token of Mattermost's."""
+    if not TOKEN.fullmatch(text):
+        raise ValueError("must be letters and digits only: no quotes, no spaces")
     return text
 
 
-def checked_tokens(text):
+def read_tokens(text):
     """Return one or several tokens, as bytes."""
-    tokens = [checked_token(token).encode() for token in re.split(r"[\s,]+", text) if token]
+    tokens = [read_token(token).encode() for token in re.split(r"[\s,]+", text) if token]
     if not tokens:
         raise ValueError("must hold a token")
     return tokens
 
 
-def checked_channel(text):
+def read_channel(text):
     """Return the ID of a channel."""
     if not ID.fullmatch(text) or len(text) != 26:
         raise ValueError("must be a channel's ID (26 letters and digits), not its name")
     return text
 
 
-def checked_port(text):
+def read_port(text):
     """Return a port number; 0 lets the system choose one."""
     if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
         raise ValueError("must be a number from 0 to 65535")
     return int(text)
 
 
+def read_host(text):
+    """Return an address of this machine."""
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError as error:
+        raise ValueError("must be an IP address, such as 127.0.0.1 or ::1") from error
+
+
+class Setting(NamedTuple):
+    """A variable: what it means, how its text is read, and what it is without one."""
+
+    meaning: str
+    read: Callable  # of a text; raises ValueError with what is wrong
+    default: object = None  # None: there must be one
+    in_file: bool = False  # whether <name>_FILE may name a file that holds it
+
+
+SETTINGS = {
+    "MATTERMOST_URL": Setting(
+        "where this service reaches Mattermost: https://mattermost.example.com",
+        read_mattermost_url, in_file=True),
+    "BOT_TOKEN": Setting(
+        "access token of the bot account", read_token, in_file=True),
+    "SLASH_TOKEN": Setting(
+        "token of the slash command; several (one per team) with commas in between",
+        read_tokens, in_file=True),
+    "CALLBACK_URL": Setting(
+        "where Mattermost reaches this service: http://tickets.example.com:8080",
+        read_callback_url, in_file=True),
+    "PORT": Setting(
+        "port to listen on; default 8080", read_port, 8080),
+    "HOST": Setting(
+        "address to listen on; default: all of this machine", read_host, ""),
+    "TICKET_CHANNEL": Setting(
+        "ID of one channel for all tickets; default: where /ticket is typed",
+        read_channel, "", in_file=True),
+    "FORM_FILE": Setting(
+        "JSON file with a form of your own; default: the built-in form", read_form, ""),
+    "SSL_CERT_FILE": Setting(
+        "CA certificates to trust; default: those of the system", str, ""),
+}
+
+
+def setting_text(environ, name):
+    """Return a variable, or what is in the file that <name>_FILE names; "" if there is neither."""
+    text = environ.get(name, "").strip()
+    path = environ.get(f"{name}_FILE", "") if SETTINGS[name].in_file else ""
+    if not path:
+        return text
+    if text:
+        raise ValueError(f"is given twice: as {name} and as {name}_FILE")
+    try:
+        text = text_of_file(path, 100_000).strip()
+    except ValueError as error:
+        raise ValueError(f"of {name}_FILE: {error}") from error
+    if not text:
+        raise ValueError(f"of {name}_FILE: {path} is empty")
+    return text
+
+
+def read_setting(environ, name):
+    """Return the value of a setting; raise ValueError with what is wrong with it, a line each."""
+    setting = SETTINGS[name]
+    text = setting_text(environ, name)
+    if text:
+        return setting.read(text)
+    if setting.default is None:
+        raise ValueError(f"is missing: {setting.meaning}")
+    return setting.default
+
+
 def tls_context(ca_file):
     """Return what verifies certificates; ssl itself says nothing when it has nobody to trust."""
     context = ssl.create_default_context()
+    # On by default from Python 3.13: it refuses private CAs that curl, Go and browsers accept.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     directory = ssl.get_default_verify_paths().capath
     if ca_file:
         context.load_verify_locations(ca_file)
     elif not context.cert_store_stats()["x509"] and not (directory and os.listdir(directory)):
         raise ValueError("is needed: this system has no CA certificates of its own")
     return context
-
-
-def setting_text(environ, name):
-    """Return a variable, or what is in the file that <name>_FILE names; "" if there is neither."""
-    text = environ.get(name, "").strip()
-    path = environ.get(f"{name}_FILE", "") if name in FROM_FILE else ""
-    if not path:
-        return text
-    if text:
-        raise ValueError(f"is given twice: as {name} and as {name}_FILE")
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(100_000).strip()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"can't be read from {name}_FILE: {error}") from error
-    if not text:
-        raise ValueError(f"can't be read from {name}_FILE: {path} is empty")
-    return text
 
 
 def is_loopback(url):
@@ -347,62 +793,51 @@ def is_loopback(url):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment tells the service; VARIABLES says what each one means."""
+    """What the environment tells the service; SETTINGS says what each variable means."""
 
     mattermost_url: str
     bot_token: str = field(repr=False)
-    slash_tokens: list = field(repr=False)  # of bytes
+    slash_tokens: list = field(repr=False)  # of bytes; what we seal is sealed with the first
     callback_url: str
     port: int
+    host: str  # "" for all addresses
     ticket_channel: str  # "" for the channel where /ticket is typed
-    form: dict
+    form: Form
     tls: ssl.SSLContext | None  # None where Mattermost is reached over http
 
     @classmethod
     def from_environment(cls, environ):
         """Return the settings in a mapping; raise SettingsError with all that is wrong in it."""
-        problems = [f"FORM {problem}" for problem in form_problems(FORM)]
+        problems = []
 
-        def read(name, check, default=None):
+        def attempt(name, work, *details):
             try:
-                if text := setting_text(environ, name):
-                    return check(text)
-                if default is None:
-                    raise ValueError(f"is missing: {VARIABLES[name]}")
-            except ValueError as error:
-                problems.extend(f"{name} {line}" for line in str(error).splitlines())
-            return default
-
-        values = {
-            "mattermost_url": read("MATTERMOST_URL", checked_url),
-            "bot_token": read("BOT_TOKEN", checked_token),
-            "slash_tokens": read("SLASH_TOKEN", checked_tokens),
-            "callback_url": read("CALLBACK_URL", checked_url),
-            "port": read("PORT", checked_port, 8080),
-            "ticket_channel": read("TICKET_CHANNEL", checked_channel, ""),
-            "form": read("FORM_FILE", checked_form, FORM),
-            "tls": None,
-        }
-        if str(values["mattermost_url"]).startswith("https:"):
-            try:
-                values["tls"] = tls_context(environ.get("SSL_CERT_FILE"))
+                return work(*details)
             except (OSError, ValueError) as error:
-                problems.append(f"SSL_CERT_FILE {error}")
+                problems.extend(f"{name} {line}" for line in str(error).splitlines())
+                return None
+
+        values = {name: attempt(name, read_setting, environ, name) for name in SETTINGS}
+        form = values["FORM_FILE"] or attempt("FORM", Form, FORM)
+        tls = None
+        if str(values["MATTERMOST_URL"]).startswith("https:"):
+            tls = attempt("SSL_CERT_FILE", tls_context, values["SSL_CERT_FILE"])
+        if str(values["BOT_TOKEN"]).encode() in (values["SLASH_TOKEN"] or ()):
+            problems.append("SLASH_TOKEN is the bot's token: it must be that of the slash command")
         if problems:
             raise SettingsError("\n".join(problems))
-        return cls(**values)
+        return cls(values["MATTERMOST_URL"], values["BOT_TOKEN"], values["SLASH_TOKEN"],
+                   values["CALLBACK_URL"], values["PORT"], values["HOST"],
+                   values["TICKET_CHANNEL"], form, tls)
 
 
-# ------------------------------------------------- 3. Reading: what Mattermost says to us
+# ------------------------------------------------- 4. Reading: what Mattermost says to us
 
 FORM_FIELDS = 1000  # Mattermost repeats keys for everybody who is mentioned in the text
 JSON_DEPTH = 100
 JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 USER_NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)  # a colon in those of shared channels
 HOOK = re.compile(r"/([A-Za-z0-9]+)$")
-LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029\u2424]")  # what Mattermost's clients break at
-UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 class Sorry(Exception):
@@ -412,14 +847,10 @@ class Sorry(Exception):
 class Refused(Exception):
     """An HTTP request that Mattermost would not send; str() is the reason, for whoever sent it."""
 
-    def __init__(self, status, reason, *headers):
+    def __init__(self, status, reason, *headers, hint=""):
         super().__init__(reason)
         self.status, self.headers = status, headers
-
-
-def clean(text):
-    """Return what a person typed, with plain line ends and without what can't be seen or sent."""
-    return UNSEEN.sub("", LINE_ENDS.sub("\n", text)).strip()
+        self.hint = hint  # for the log only
 
 
 def json_object(body):
@@ -438,6 +869,28 @@ def json_object(body):
     return value
 
 
+def matching(pattern, value):
+    """Return a text that a pattern matches as a whole; "" for anything else."""
+    return value if isinstance(value, str) and pattern.fullmatch(value) else ""
+
+
+def check_token(token, ours):
+    """Refuse a slash command whose token is not one of ours; tell the log what is wrong with it."""
+    def is_ours(token):  # sum, not any: how long it takes must not tell which one it is
+        return sum(hmac.compare_digest(token, known) for known in ours)
+
+    if is_ours(token):
+        return
+    hint = "it has another token"
+    if not token:
+        hint = "it has none"
+    elif is_ours(token.strip(b"\"' ")):
+        hint = "it has one of ours, in quotes"
+    elif len(token) not in map(len, ours):
+        hint = f"its token has {len(token)} characters"
+    raise Refused(401, "SLASH_TOKEN does not hold the token of this slash command", hint=hint)
+
+
 @dataclass(frozen=True)
 class SlashCommand:
     """`/ticket`, as somebody typed it; Mattermost has checked who and where.
@@ -448,6 +901,7 @@ class SlashCommand:
     user_id: str
     user_name: str
     channel_id: str
+    root_id: str  # of the thread it was typed in, from Mattermost 11 on; else ""
     trigger_id: str
     text: str
     hook: str  # ID of the response URL; its host is never used, since a client can choose it
@@ -460,17 +914,16 @@ class SlashCommand:
                 body.decode(), keep_blank_values=True, max_num_fields=FORM_FIELDS))
         except ValueError as error:
             raise Refused(400, "the body is not a form") from error
-        token = fields.get("token", "").encode()
-        if not any([hmac.compare_digest(token, known) for known in settings.slash_tokens]):
-            raise Refused(401, "SLASH_TOKEN does not hold the token of this slash command")
-        user_id, user_name, channel_id, trigger_id = (
-            fields.get(name, "") for name in ("user_id", "user_name", "channel_id", "trigger_id"))
-        if not (ID.fullmatch(user_id) and ID.fullmatch(channel_id) and trigger_id
-                and USER_NAME.fullmatch(user_name)):
+        check_token(fields.get("token", "").encode(), settings.slash_tokens)
+        user_id, channel_id, root_id = (
+            matching(ID, fields.get(name)) for name in ("user_id", "channel_id", "root_id"))
+        user_name = matching(USER_NAME, fields.get("user_name"))
+        trigger_id = fields.get("trigger_id")
+        if not (user_id and channel_id and user_name and trigger_id):
             raise Refused(400, "user_id, user_name, channel_id or trigger_id is missing or odd")
         hook = HOOK.search(fields.get("response_url", ""))
-        return cls(user_id, user_name, channel_id, trigger_id, clean(fields.get("text", "")),
-                   hook[1] if hook else "")
+        return cls(user_id, user_name, channel_id, root_id, trigger_id,
+                   clean(fields.get("text", "")), hook[1] if hook else "")
 
 
 @dataclass(frozen=True)
@@ -515,111 +968,23 @@ class Press:
         """Read the body, a JSON object; what is missing or odd counts as empty."""
         fields = json_object(body)
         context = fields.get("context")
-        signed = context.get("signed") if isinstance(context, dict) else ""
-
-        def read(value, pattern):
-            return value if isinstance(value, str) and pattern.fullmatch(value) else ""
-
-        return cls(read(fields.get("user_name"), USER_NAME), read(fields.get("post_id"), ID),
-                   read(signed, PRINTABLE))
+        return cls(matching(USER_NAME, fields.get("user_name")),
+                   matching(ID, fields.get("post_id")),
+                   matching(PRINTABLE, context.get("signed") if isinstance(context, dict) else ""))
 
 
-def text_problem(element, text):
-    """Return what is wrong with the text typed into an element, if anything is."""
-    least = element.get("min_length", 0)
-    most = element.get("max_length") or MAX_LENGTH[element["type"]]
-    subtype = element.get("subtype")
-    if len(text) < least:
-        return TOO_SHORT.format(limit=least)
-    if len(text) > most:
-        return TOO_LONG.format(limit=most, excess=len(text) - most)
-    if subtype == "number" and not NUMBER.fullmatch(text):
-        return NOT_A_NUMBER
-    if subtype == "email" and "@" not in text:
-        return NOT_AN_EMAIL
-    if subtype == "url" and not ("http://" in text or "https://" in text):
-        return NOT_A_URL
-    return None
+# ------------------------------------------------- 5. Writing: what we say to Mattermost
 
-
-def read_answer(element, value):
-    """Return the answer in a submitted value, and what is wrong with it, if anything is.
-
-    The answer is a text, or True or False where the element is a bool; None if there is none.
-    Clients leave out what was not touched, or send null or ""; numbers may arrive as strings.
-    """
-    if isinstance(value, (list, dict)):
-        return None, NOT_TEXT
-    if value is None:
-        value = ""
-    text = clean(value if isinstance(value, str) else json.dumps(value))
-    if element["type"] == "bool":
-        if text.lower() not in ("", "true", "false"):
-            return None, NOT_AN_OPTION
-        ticked = text.lower() == "true"
-        return ticked, None if ticked or element.get("optional") else NOT_TICKED
-    if not text:
-        return None, None if element.get("optional") else REQUIRED
-    if element["type"] in ("select", "radio"):
-        known = any(option["value"] == value for option in element["options"])
-        return value, None if known else NOT_AN_OPTION
-    return text, text_problem(element, text)
-
-
-def read_answers(elements, submission):
-    """Return the answers to a form, and what is wrong with them; both by the element's name."""
-    answers, errors = {}, {}
-    for element in elements:
-        name = element["name"]
-        answer, problem = read_answer(element, submission.get(name))
-        if problem:
-            errors[name] = problem
-        elif answer is not None:
-            answers[name] = answer
-    return answers, errors
-
-
-# ------------------------------------------------- 4. Writing: what we say to Mattermost
-
-# Without escapes: they would push a long ticket over Mattermost's limit of 300,000 bytes.
-JSON = json.JSONEncoder(ensure_ascii=False)
 MESSAGE_LIMIT = 16383  # characters in a post
-JOINER = "\u2060"  # invisible; Mattermost sees no mention and no image where it stands
-STATUS_LINE = re.compile(rf"^{re.escape(STATUS_LABEL)} #.*$", re.MULTILINE)
-CHANNEL_MENTION = re.compile(r"(?<![^\W_])@(?=(all|channel|here)(?![^\W_]))", re.IGNORECASE)
+LONGEST_USER_NAME = "x" * 64
+STATUS_LINE = re.compile("^(?:%s)(?![\\w-]).*$" % "|".join(
+    re.escape("".join(status["line"].partition(status["tag"])[:2]))
+    for status in STATUSES.values()), re.MULTILINE)
 
 
-def json_bytes(value):
-    """Return JSON in UTF-8."""
-    return JSON.encode(value).encode("utf-8", "replace")
-
-
-def longest_run(mark, text):
-    """Return how often a character stands in a row at the most."""
-    return max(map(len, re.findall(f"{mark}+", text)), default=0)
-
-
-def fenced(text):
-    """Return Markdown that shows a text as it is."""
-    fence = "`" * max(3, longest_run("`", text) + 1)
-    return f"{fence}\n{text}\n{fence}"
-
-
-def inline_code(text):
-    """Return Markdown that shows one line as it is."""
-    ticks = "`" * (longest_run("`", text) + 1)
-    room = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{ticks}{room}{text}{room}{ticks}"
-
-
-def block_quote(text):
-    """Return Markdown that quotes a text; without the empty line the quote would go on."""
-    return "".join(f"> {line}\n" for line in text.split("\n")) + "\n"
-
-
-def harmless(text):
-    """Return a text that pings nobody but persons, and makes nobody's client load an image."""
-    return CHANNEL_MENTION.sub(f"@{JOINER}", text).replace("![", f"!{JOINER}[")
+def milliseconds():
+    """Return the time as Mattermost writes it."""
+    return int(time.time() * 1000)
 
 
 def ephemeral(text):
@@ -648,70 +1013,49 @@ def not_changed(sentence, _):
     return {"ephemeral_text": sentence}
 
 
-def prefilled(elements, text):
-    """Return the elements with a text in the first textarea, and whether all of it found room."""
-    if not text:
-        return elements, True
-    for index, element in enumerate(elements):
-        if element["type"] == "textarea":
-            room = element.get("max_length") or MAX_LENGTH["textarea"]
-            default = text[:room].encode()[:DEFAULT_BYTES["textarea"]].decode(errors="ignore")
-            filled = {**element, "default": default}
-            return [*elements[:index], filled, *elements[index + 1:]], default == text
-    return elements, False
+def status_line(status, user_name):
+    """Return the line of a ticket that says what has become of it."""
+    return STATUSES[status]["line"].format(user_name=user_name)
 
 
-def without_mentions(elements):
-    """Return the elements as Mattermost knows them."""
-    return [
-        {**element, "options": [{"text": option["text"], "value": option["value"]}
-                                for option in element["options"]]}
-        if "options" in element else element
-        for element in elements
-    ]
+def ticket_message(ticket_id, user_name, form, answers, thread_link=""):
+    """Return the message of a ticket; the hashtags make its ID and its status searchable.
 
-
-def answer_line(element, answer):
-    """Return the line, or lines, of a ticket for one answer."""
-    label = f"**{element['display_name']}:**"
-    if element["type"] == "textarea":
-        return f"{label}\n{block_quote(harmless(answer))}"
-    if element["type"] == "bool":
-        return f"{label} `{YES if answer else NO}`\n"
-    if element["type"] == "text":
-        return f"{label} {inline_code(harmless(answer.replace(chr(10), ' ')))}\n"
-    option = next(option for option in element["options"] if option["value"] == answer)
-    mention = f" {option['mention']}" if "mention" in option else ""
-    return f"{label} {inline_code(option['text'])}{mention}\n"
-
-
-def answer_lines(elements, answers):
-    """Return the part of a ticket that shows the answers, in the order of the form."""
-    return "".join(answer_line(element, answers[element["name"]])
-                   for element in elements if element["name"] in answers)
-
-
-def ticket_message(ticket_id, user_name, elements, answers):
-    """Return the message of a ticket; the hashtag makes its ID searchable."""
-    lines = answer_lines(elements, answers)
-    return f"#### #{ticket_id} · @{user_name}\n{lines}{STATUSES['open']['line']}"
+    The status stands before what was typed: of a post's hashtags, Mattermost keeps the first 1,000
+    characters.
+    """
+    lines = [f"#### #{ticket_id} · @{user_name}", status_line("open", user_name)]
+    if thread_link:
+        lines.append(THREAD.format(link=thread_link))
+    if form.mention:
+        lines.append(FOR.format(mention=form.mention))
+    return "\n".join([*lines, form.lines(answers)]).rstrip("\n")
 
 
 def with_status(message, status, user_name):
-    """Return a ticket's message with another last status line; what else was edited stays."""
-    line = STATUSES[status]["line"].format(user_name=user_name)
-    lines = list(STATUS_LINE.finditer(message))
-    if not lines:
-        return f"{message}\n\n{line}"
-    start, end = lines[-1].span()
-    return message[:start] + line + message[end:]
+    """Return a ticket's message with another status line; what else was edited stays."""
+    line = status_line(status, user_name)
+    if old := STATUS_LINE.search(message):
+        return message[:old.start()] + line + message[old.end():]
+    first, end, rest = message.partition("\n")
+    return f"{first}\n{line}{end}{rest}"
 
 
-def button(status, url, signed):
-    """Return the attachments of a post with a button; Mattermost shows its context to nobody."""
-    integration = {"url": url, "context": {"signed": signed}}
-    return [{"actions": [{"id": status, "name": STATUSES[status]["button"], "type": "button",
-                          "integration": integration}]}]
+def excess_of(message):
+    """Return by how many characters a ticket is too long, if it is to have any status."""
+    longest = max(len(with_status(message, status, LONGEST_USER_NAME)) for status in STATUSES)
+    return longest - MESSAGE_LIMIT
+
+
+def attachments(status, url, sign):
+    """Return the attachments of a ticket: the buttons that lead on from its status.
+
+    What sign(wanted) returns comes back with a press; Mattermost shows it to nobody.
+    """
+    actions = [{"id": wanted, "name": STATUSES[wanted]["button"], "type": "button",
+                "integration": {"url": url, "context": {"signed": sign(wanted)}}}
+               for wanted in STATUSES[status]["buttons"]]
+    return [{"color": STATUSES[status]["color"], "actions": actions}]
 
 
 def new_post(channel_id, message, pending_post_id, root_id="", **props):
@@ -726,54 +1070,42 @@ def new_post(channel_id, message, pending_post_id, root_id="", **props):
     }
 
 
-def milliseconds():
-    """Return the time as Mattermost writes it."""
-    return int(time.time() * 1000)
-
-
-def ticket_props(ticket_id, asked, nonce, answers):
-    """Return the props of a ticket, for scripts and for ourselves."""
-    now = milliseconds()
-    ticket = {"user_id": asked.user_id, "user_name": asked.user_name, "answers": answers,
-              "created_at": now, "nonce": nonce,
-              "status": "open", "status_by": asked.user_name, "status_at": now}
-    return {"is_ticket": True, "ticket_id": ticket_id, "ticket": ticket}
-
-
-# ------------------------------------------------------------------------------- 5. Trust
+# ------------------------------------------------------------------------------- 6. Trust
 
 STATE_AGE = 24 * 60 * 60  # seconds
 DIGITS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's: none looks like another
 TICKET_ID = re.compile(rf"Ticket-[0-9]{{8}}-[{DIGITS}]{{4}}")
 IDS_PER_DAY = len(DIGITS) ** 4
-DAY = 24 * 60 * 60  # seconds
+DAY, HOUR = 24 * 60 * 60, 60 * 60  # seconds
 
 
 class Seal:
     """Signs what passes through other hands and must come back unchanged.
 
-    The key is derived from the bot's token: it survives a restart and needs no setting.
+    The keys are derived from the slash tokens, which prove that a request is Mattermost's: so the
+    bot's token can change, and a slash token too, as long as the old one stands behind the new.
     """
 
-    def __init__(self, bot_token):
-        self.key = hmac.digest(bot_token.encode(), b"mattermost-ticket", "sha256")
+    def __init__(self, slash_tokens):
+        self.keys = [hmac.digest(token, b"mattermost-ticket", "sha256") for token in slash_tokens]
 
-    def close(self, purpose, *fields):
+    def sign(self, purpose, *fields):
         """Return a text that holds the fields and can only be opened for the same purpose."""
-        payload = base64.urlsafe_b64encode(json_bytes(fields))
-        return b".".join((payload, self.signature(purpose, payload))).decode()
+        payload = base64.urlsafe_b64encode(json_bytes(fields)).decode()
+        return f"{payload}.{self.signatures(purpose, payload)[0]}"
 
     def open(self, purpose, text):
-        """Return the fields in a text, or None if we did not close it for this purpose."""
-        payload, _, signature = text.encode("utf-8", "replace").partition(b".")
-        if not hmac.compare_digest(signature, self.signature(purpose, payload)):
+        """Return the fields in a text, a list, or None if we did not sign it for this purpose."""
+        payload, _, signature = text.encode("utf-8", "replace").decode().partition(".")
+        known = self.signatures(purpose, payload)
+        if not sum(hmac.compare_digest(signature.encode(), one.encode()) for one in known):
             return None
         return json.loads(base64.urlsafe_b64decode(payload))
 
-    def signature(self, purpose, payload):
-        """Return the signature of a payload, as text."""
-        signed = hmac.digest(self.key, purpose.encode() + b"." + payload, "sha256")
-        return base64.urlsafe_b64encode(signed)
+    def signatures(self, purpose, payload):
+        """Return the signatures of a payload, as texts: that of the first key is the one to use."""
+        signed = (hmac.digest(key, f"{purpose}.{payload}".encode(), "sha256") for key in self.keys)
+        return [base64.urlsafe_b64encode(one).decode() for one in signed]
 
 
 class State(NamedTuple):
@@ -782,15 +1114,18 @@ class State(NamedTuple):
     user_id: str
     user_name: str
     channel_id: str  # where /ticket was typed
+    root_id: str  # in which thread, or ""
     time: int  # when, in seconds
+    form: str  # fingerprint of the form that was opened
     nonce: str  # one for each dialog
 
 
-def opened_state(seal, submission):
-    """Return the state of a submission, if it is ours, of the same user, and not too old."""
-    fields = seal.open("state", submission.state)
-    state = State(*fields) if fields else None
-    if not state or state.user_id != submission.user_id or time.time() - state.time > STATE_AGE:
+def opened_state(seal, submission, form):
+    """Return the state of a submission, if it is ours, of the same user, form, and not too old."""
+    fields = seal.open("state", submission.state) or ()
+    state = State(*fields) if len(fields) == len(State._fields) else None
+    if not (state and state.user_id == submission.user_id and state.form == form.fingerprint
+            and time.time() - state.time <= STATE_AGE):
         raise Sorry(FORM_INVALID)
     return state
 
@@ -798,87 +1133,97 @@ def opened_state(seal, submission):
 class TicketIds:
     """Ticket-YYYYMMDD-XXXX: the day (UTC) and its 1,048,576 IDs, spread evenly over the hours.
 
-    So IDs sort by time and need no storage. Each is later than the clock's and the last one's.
+    So IDs sort by time and need no storage. Each is later than the clock's and the last one's; but
+    not than one of more than an hour ahead, which came of a wrong reading of the clock.
     """
 
     def __init__(self, clock=time.time):
         self.clock, self.lock = clock, threading.Lock()
-        self.day, self.last = "", -1
+        self.last = -1  # of all IDs since 1970
 
     def next(self):
         """Return an ID that was not used before."""
         with self.lock:
-            now = self.clock()
-            day = time.strftime("%Y%m%d", time.gmtime(now))
-            if day > self.day:
-                self.day, self.last = day, -1
-            number = max(self.last + 1, int(IDS_PER_DAY * (now % DAY) / DAY))
-            if number >= IDS_PER_DAY:
+            now = int(self.clock() * IDS_PER_DAY / DAY)
+            if self.last > now + IDS_PER_DAY * HOUR / DAY:
+                self.last = -1
+            number = max(self.last + 1, now)
+            if number > now and number % IDS_PER_DAY == 0:
                 raise Sorry(DAY_FULL)
             self.last = number
-            digits = "".join(DIGITS[number >> shift & 31] for shift in (15, 10, 5, 0))
-            return f"Ticket-{self.day}-{digits}"
+        day, number = divmod(number, IDS_PER_DAY)
+        date = time.strftime("%Y%m%d", time.gmtime(day * DAY))
+        return f"Ticket-{date}-" + "".join(DIGITS[number >> shift & 31] for shift in (15, 10, 5, 0))
 
     def ahead(self):
         """Return for how many seconds the clock will not have passed the last ID."""
-        now = self.clock()
-        if time.strftime("%Y%m%d", time.gmtime(now)) != self.day:
-            return 0
-        return max(0, DAY * (self.last + 1) / IDS_PER_DAY - now % DAY)
+        seconds = (self.last + 1) * DAY / IDS_PER_DAY - self.clock()
+        return seconds if 0 < seconds <= HOUR else 0
 
 
-# ------------------------------------------------------------ 6. Mattermost's REST API
+# ------------------------------------------------------------ 7. Mattermost's REST API
 
 ANSWER_LIMIT = 2**20  # bytes of an answer that are read
 ERROR_ID = re.compile(r"[a-z0-9_.]{1,100}")
-POST_PENDING = "api.post.deduplicate_create_post.pending"
-CANNOT_BE_JOINED = "api.channel.add_user_to_channel.type.app_error"  # direct and group messages
-CHANNEL_ARCHIVED = "api.post.create_post.can_not_post_to_deleted.error"
-MESSAGE_TOO_LONG = ("model.post.is_valid.message_length.app_error",
-                    "model.post.is_valid.msg.app_error")  # the second up to Mattermost 9
-TRIGGER_EXPIRED = "interactive_message.decode_trigger_id.expired"
+NOT_AS_MATTERMOST = "not as Mattermost does: is MATTERMOST_URL right?"
+TUNNEL_REFUSED = re.compile(r"Tunnel connection failed: (\d{3})")  # by a proxy; http.client's words
+# Mattermost's names for errors, as far as they mean something here.
+MEANINGS = {
+    "api.context.404.app_error": "no API",
+    "api.channel.add_user_to_channel.type.app_error": "not to be joined",  # direct, group
+    "api.post.create_post.can_not_post_to_deleted.error": "archived",
+    "api.post.deduplicate_create_post.pending": "pending",
+    "interactive_message.decode_trigger_id.expired": "too late",
+    "model.post.is_valid.message_length.app_error": "too long",
+    "model.post.is_valid.msg.app_error": "too long",  # up to Mattermost 9
+}
 
 
 class MattermostError(Exception):
     """A call that Mattermost did not answer with success. str() is for the log.
 
-    `status` is None if there was no answer that makes sense; `id` is Mattermost's name for the
-    error. Its own words are not kept: they may hold a response hook.
+    `status` is None if there was no answer; `meaning` is one of MEANINGS, or "". `foreign` says
+    that the answer is of something in between, or of another program. `words` are Mattermost's
+    own, where they may be shown.
     """
 
-    def __init__(self, reason, status=None, error_id="", retry_after=None):
-        super().__init__(reason)
-        self.status, self.id, self.retry_after = status, error_id, retry_after
-        self.may_pass = status in (None, 429, 502, 503, 504) or error_id == POST_PENDING
-        self.may_have_worked = status is None or status >= 500
+    def __init__(self, reason, status=None, meaning="", foreign=False, retry_after=None, words=""):
+        super().__init__(f"{reason}: {words}" if words else reason)
+        self.status, self.meaning, self.foreign = status, meaning, foreign
+        self.retry_after, self.words = retry_after, words  # seconds; one line
+        self.may_pass = not foreign and (
+            status in (None, 429, 502, 503, 504) or meaning == "pending")
+        self.may_have_worked = status in (None, 200) or status >= 500
 
 
 class NotAllowed(MattermostError):
-    """A call about something that is not there for the bot: 400, 403 or 404."""
+    """A call about something that is not there for the bot: Mattermost says 400, 403 or 404."""
 
 
-def mattermost_error(answer):
-    """Return the error in an answer of Mattermost's, or of a proxy in front of it."""
+def mattermost_error(answer, asked, keep_words):
+    """Return the error in an answer; `asked` says who was asked, for the log.
+
+    Mattermost's own words are kept only where they can't hold a response hook.
+    """
     try:
-        error_id = json.loads(answer.body)["id"]
+        fields = json.loads(answer.body)
+        error_id, words = fields["id"], fields.get("message") if keep_words else ""
     except (ValueError, LookupError, TypeError, RecursionError):
-        error_id = ""
-    if not ERROR_ID.fullmatch(str(error_id)):  # plugins put their own words there
-        error_id = ""
-    reason = f"Mattermost answered {answer.status} {error_id}".rstrip()
-    if 300 <= answer.status < 400:
-        reason += ", a redirect: is MATTERMOST_URL right?"
+        error_id, words = None, ""
+    meaning = MEANINGS.get(str(error_id), "")
+    # Its rate limit answers in plain text; the others are what proxies say when it is away.
+    foreign = (answer.status not in (429, 502, 503, 504)
+               and (error_id is None or meaning == "no API"))
+    reason = f"{asked} answered {answer.status}"
+    if foreign:
+        reason += f", but {NOT_AS_MATTERMOST}"
+    elif ERROR_ID.fullmatch(str(error_id)):  # plugins put their own words there
+        reason += f" {error_id}"
     wait = answer.headers.get("Retry-After", "")
     seconds = float(wait) if re.fullmatch("[0-9]+", wait) else None  # of any size; not a date
-    kind = NotAllowed if answer.status in (400, 403, 404) else MattermostError
-    return kind(reason, answer.status, error_id, seconds)
-
-
-def with_id(answer):
-    """Return what Mattermost answered, if it has an ID."""
-    if not ID.fullmatch(str(answer.get("id") or "")):
-        raise MattermostError("the answer is not what Mattermost answers")
-    return answer
+    words = " ".join(clean(words).split())[:300] if isinstance(words, str) else ""
+    kind = NotAllowed if answer.status in (400, 403, 404) and not foreign else MattermostError
+    return kind(reason, answer.status, meaning, foreign, seconds, words)
 
 
 class Deadline(threading.local):
@@ -898,7 +1243,7 @@ deadline = Deadline()
 
 
 class TimedReader(io.RawIOBase):
-    """Reads from a socket until the deadline: a socket's own time-out begins anew with each byte."""
+    """Reads from a socket until the deadline: a socket's time-out begins anew with each byte."""
 
     def __init__(self, raw, connection):
         super().__init__()
@@ -1028,21 +1373,29 @@ class Mattermost:
     """
 
     timeout = 5  # seconds, for each step of a call: connect, send, wait, read
+    patience = 20  # seconds, for all tries of a post
+    pause = 0.5  # seconds before the second try
 
     def __init__(self, settings):
         self.url = settings.mattermost_url
         self.headers = {"Authorization": f"Bearer {settings.bot_token}",
-                        "Content-Type": "application/json"}
+                        "Content-Type": "application/json",
+                        "User-Agent": "Mattermost-Ticket"}  # bot lists refuse Python-urllib
         url = urllib.parse.urlsplit(self.url)
-        proxied = (url.scheme in urllib.request.getproxies()
-                   and not urllib.request.proxy_bypass(url.netloc))
+        proxy = urllib.request.getproxies().get(url.scheme, "")
+        if urllib.request.proxy_bypass(url.netloc):
+            proxy = ""
+        self.asked = url.netloc  # for the log
+        if proxy:
+            host = proxy.rpartition("/")[2].rpartition("@")[2]  # without name and password
+            self.asked += f" (through the proxy {host}: is NO_PROXY meant?)"
         # With context=None, urllib would load all CA certificates even for http.
         self.connections = KeptConnections(
-            settings.tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), proxied)
+            settings.tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), bool(proxy))
         # Bare: urllib's usual opener follows redirects, to any host and with our token.
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(self.connections)
-        if proxied:
+        if proxy:
             self.opener.add_handler(urllib.request.ProxyHandler())
 
     def send(self, method, path, payload=None):
@@ -1052,9 +1405,13 @@ class Mattermost:
         try:
             answer = self.opener.open(request, timeout=deadline.left(self.timeout))
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise MattermostError(f"no answer from Mattermost: {error!r:.300}") from error
+            refused = TUNNEL_REFUSED.search(str(error))
+            status = int(refused[1]) if refused else None
+            foreign = status not in (None, 502, 503, 504)
+            raise MattermostError(
+                f"no answer of {self.asked}: {error!r:.300}", status, foreign=foreign) from error
         if answer.status not in (200, 201):
-            raise mattermost_error(answer)
+            raise mattermost_error(answer, self.asked, keep_words=path == "/api/v4/posts")
         return answer.body
 
     def call(self, method, path, payload=None, wanted=dict):
@@ -1062,19 +1419,34 @@ class Mattermost:
         body = self.send(method, "/api/v4" + path, payload)
         try:
             answer = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise MattermostError("the answer is not JSON: is MATTERMOST_URL right?") from error
+        except (ValueError, RecursionError):
+            answer = None
         if not isinstance(answer, wanted):
-            raise MattermostError("the answer is not what Mattermost answers")
+            raise self.odd_answer()
         return answer
+
+    def call_for_id(self, method, path, payload=None):
+        """Return the JSON object in an answer that means success, if it has an ID."""
+        answer = self.call(method, path, payload)
+        if not matching(ID, answer.get("id")):
+            raise self.odd_answer()
+        return answer
+
+    def odd_answer(self):
+        """Return the error for an answer that means success, but that Mattermost would not give."""
+        return MattermostError(
+            f"{self.asked} answered, but {NOT_AS_MATTERMOST}", 200, foreign=True)
 
     def get_client_config(self):
         """Return the public configuration: `Version`, `SiteURL`, …, all of them texts."""
-        return self.call("GET", "/config/client?format=old")
+        config = self.call("GET", "/config/client?format=old")
+        if not isinstance(config.get("Version"), str):
+            raise self.odd_answer()
+        return config
 
     def get_me(self):
         """Return the bot's user: `id`, `username`, `roles`, `is_bot`, …"""
-        return with_id(self.call("GET", "/users/me"))
+        return self.call_for_id("GET", "/users/me")
 
     def get_my_teams(self):
         """Return the bot's teams: `name`, …"""
@@ -1092,18 +1464,39 @@ class Mattermost:
         """Let the bot join: 201 for public channels of its teams."""
         return self.call("POST", f"/channels/{channel_id}/members", {"user_id": user_id})
 
-    def get_channel_posts(self, channel_id):
-        """Return the latest posts of a channel."""
-        posts = self.call("GET", f"/channels/{channel_id}/posts?per_page=200").get("posts")
+    def get_my_team_member(self, team_id):
+        """Return the bot's membership in a team: `roles`, …"""
+        return self.call("GET", f"/teams/{team_id}/members/me")
+
+    def get_roles_by_names(self, names):
+        """Return roles: `name`, `permissions`, …; an error if Mattermost knows none of them."""
+        return self.call("POST", "/roles/names", names, wanted=list)
+
+    def get_channel_posts(self, channel_id, since):
+        """Return posts of a channel since a time in milliseconds, replies too; at most 1,000."""
+        posts = self.call("GET", f"/channels/{channel_id}/posts?since={since}").get("posts")
         return list(posts.values()) if isinstance(posts, dict) else []
 
     def create_post(self, post):
-        """Return a post as it has been made: `id`, `props`, …"""
-        return with_id(self.call("POST", "/posts", post))
+        """Return a post as it has been made: `id`, `props`, …
+
+        Tried again and again while Mattermost is away: all tries make one post.
+        """
+        pause, ends = self.pause, time.monotonic() + self.patience
+        while True:
+            try:
+                return self.call_for_id("POST", "/posts", post)
+            except MattermostError as error:
+                wait = error.retry_after or pause
+                left = min(ends, deadline.ends) - time.monotonic()
+                if not error.may_pass or wait + self.timeout > left:
+                    raise
+            time.sleep(wait)
+            pause = min(2 * pause, 2)
 
     def get_post(self, post_id):
         """Return a post: `user_id`, `message`, `props`, …; without what its buttons carry."""
-        return with_id(self.call("GET", f"/posts/{post_id}"))
+        return self.call_for_id("GET", f"/posts/{post_id}")
 
     def create_ephemeral_post(self, user_id, channel_id, message):
         """Show a message to one person; only privileged bots may."""
@@ -1120,35 +1513,9 @@ class Mattermost:
         self.send("POST", f"/hooks/commands/{hook}", answer)
 
 
-# ------------------------------------------------------------------------------- 7. The flow
+# ------------------------------------------------------------------------------ 8. Channels
 
-REMEMBERED = 10_000  # dialogs, and channels
-
-
-def fingerprint(answers):
-    """Return a number that is the same for the same answers."""
-    return hash(json.dumps(answers, sort_keys=True))
-
-
-def is_ticket(post, nonce):
-    """Return whether what Mattermost calls a post is the ticket with a nonce."""
-    try:
-        props = post["props"]
-        return bool(props["ticket"]["nonce"] == nonce and ID.fullmatch(post["id"])
-                    and TICKET_ID.fullmatch(props["ticket_id"]))
-    except (LookupError, TypeError):
-        return False
-
-
-@contextlib.contextmanager
-def lock_in_time(lock):
-    """Hold a lock; be Sorry if somebody else holds it for as long as there is time."""
-    if not lock.acquire(timeout=deadline.left(STATE_AGE)):
-        raise Sorry(NOT_REACHED)
-    try:
-        yield
-    finally:
-        lock.release()
+REMEMBERED = 10_000  # channels, dialogs, and presses
 
 
 class Recent(dict):
@@ -1172,117 +1539,338 @@ class Recent(dict):
             self.pop(key, None)
 
 
-@dataclass(slots=True)
-class Dialog:
-    """A dialog, and the one ticket that comes of it, however often it is submitted."""
+class Channels:
+    """Where the bot may post: finds out, joins where it must, and remembers the good ones."""
 
-    asked: State
-    hook: str = ""
-    unanswered: float = math.inf  # when Mattermost was first sent the ticket and did not answer
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    ticket_id: str = ""
-    post_id: str = ""  # once there is a ticket
-    posted: int = 0  # fingerprint of the answers in the ticket, or those posted after
-    has_reply: bool = False
-    confirmed: bool = False  # or about to be
-
-
-@dataclass(slots=True)
-class LastPress:
-    """What the last press of a ticket's button made of it; its post may not yet say so."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    change: dict = field(default_factory=lambda: {"status_at": 0})
-
-
-class Desk:
-    """What happens to a ticket, in order: from the command to the dialog, and from there on."""
-
-    patience = 20  # seconds, for all tries of a post
-    pause = 0.5  # seconds before the second try
-    known_there = 25  # seconds; Mattermost knows a pending_post_id for 30
-    press_takes = 30  # seconds, until Mattermost has changed a post or never will
-    wait_at_stop = 10  # seconds
-
-    def __init__(self, settings):
-        self.settings = settings
-        self.elements = settings.form["elements"]
-        self.form = {**settings.form, "callback_id": "ticket",
-                     "elements": without_mentions(self.elements)}
-        self.mattermost = Mattermost(settings)
-        self.seal = Seal(settings.bot_token)
-        self.ids = TicketIds()
-        self.dialogs = Recent()
-        self.presses = Recent()
-        self.good_channels = Recent()
-        self.place = THE_TICKET_CHANNEL if settings.ticket_channel else THIS_CHANNEL
-        self.site_url = ""
-
-    # From the command to the dialog
-
-    def on_slash_command(self, command):
-        """Open the form; yield the answer to the command."""
-        self.check_channel(self.target(command.channel_id), TYPE_AGAIN)
-        asked = State(command.user_id, command.user_name, command.channel_id, int(time.time()),
-                      secrets.token_urlsafe(24))
-        self.dialogs.remember(asked.nonce, Dialog(asked, command.hook))
-        elements, complete = prefilled(self.form["elements"], command.text)
-        dialog = {**self.form, "elements": elements, "state": self.seal.close("state", *asked)}
-        try:
-            self.mattermost.open_dialog(
-                command.trigger_id, self.settings.callback_url + "/ticket/submit", dialog)
-        except MattermostError as error:
-            late = error.id == TRIGGER_EXPIRED
-            raise Sorry(FORM_LATE if late else FORM_NOT_OPENED) from error
-        yield {} if complete else given_back(FORM_TOO_SMALL, command.text)
+    def __init__(self, mattermost, ticket_channel):
+        self.mattermost, self.ticket_channel = mattermost, ticket_channel
+        self.good = Recent()
 
     def target(self, channel_id):
         """Return the channel that gets the ticket of somebody who typed /ticket in a channel."""
-        return self.settings.ticket_channel or channel_id
+        return self.ticket_channel or channel_id
 
-    def check_channel(self, channel_id, again):
-        """Return if the bot can post in a channel, having joined it where it may; else be Sorry.
+    def check(self, channel_id, after):
+        """Be Sorry if the bot can't post in a channel, after a "command" or a "submission".
 
         A channel that Mattermost says nothing about is good until it refuses a post.
         """
-        if channel_id in self.good_channels:
+        if channel_id in self.good:
             return
         try:
-            self.enter_channel(channel_id, again)
+            obstacle = self.obstacle(channel_id)
+            if obstacle:
+                sentence = CANT_POST[obstacle]["ticket channel" if self.ticket_channel else after]
+                raise Sorry(sentence.format(bot=self.mattermost.get_me().get("username")))
+            self.good.remember(channel_id, True)
         except MattermostError as error:
             if error.status == 401:
                 raise Sorry(BAD_TOKEN) from error
             log.warning("channel=%s could not be looked at: %s", channel_id, error)
-        else:
-            self.good_channels.remember(channel_id, True)
 
-    def enter_channel(self, channel_id, again):
-        """Make the bot a member of a channel, or find that it can post without; else be Sorry."""
+    def obstacle(self, channel_id):
+        """Return why the bot can't post in a channel, a key of CANT_POST; "" if it can, now."""
         channel = {}
         try:
             channel = self.mattermost.get_channel(channel_id)
         except NotAllowed as error:
             if error.status == 404:
-                raise Sorry(NO_CHANNEL.format(place=self.place)) from error
+                return "unknown"
         if channel.get("delete_at"):  # an archived channel can be joined all the same
-            raise Sorry(ARCHIVED.format(place=self.place))
+            return "archived"
         if channel.get("type") == "D":  # with the bot: nobody else would see the ticket
-            raise Sorry(USE_A_CHANNEL)
-        with contextlib.suppress(NotAllowed):
-            self.mattermost.get_channel_member(channel_id)
-            return
+            return "direct"
         me = self.mattermost.get_me()
+        public = channel.get("type") == "O"
         try:
-            self.mattermost.add_channel_member(channel_id, me["id"])
+            member = self.member(channel_id, me["id"])
         except NotAllowed as error:
-            if error.id == CANNOT_BE_JOINED:
-                raise Sorry(USE_A_CHANNEL) from error
             roles = str(me.get("roles")).split()
-            everywhere = "system_post_all" in roles
-            here = "system_post_all_public" in roles and channel.get("type") == "O"
-            if not everywhere and not here:
-                raise Sorry(INVITE.format(
-                    place=self.place, bot=me.get("username"), again=again)) from error
+            if "system_post_all" in roles or (public and "system_post_all_public" in roles):
+                return ""
+            return "direct" if error.meaning == "not to be joined" else "not a member"
+        return "" if self.may_post(channel, member, me) else "read only"
+
+    def member(self, channel_id, user_id):
+        """Return the bot's membership in a channel, a new one if need be."""
+        with contextlib.suppress(NotAllowed):
+            return self.mattermost.get_channel_member(channel_id)
+        return self.mattermost.add_channel_member(channel_id, user_id)
+
+    def may_post(self, channel, member, me):
+        """Return whether a role lets the bot post; what can't be read counts as one that does."""
+        needed = {"create_post", "create_post_public"} if channel.get("type") == "O" else {
+            "create_post"}
+        try:
+            memberships = [me, member]
+            if channel.get("team_id"):  # a group message has none
+                memberships.append(self.mattermost.get_my_team_member(channel["team_id"]))
+            names = [membership["roles"].split() for membership in memberships]
+            known = {role["name"]: role["permissions"]
+                     for role in self.mattermost.get_roles_by_names(sum(names, []))}
+            return not all(names) or any(
+                needed.intersection(known[name]) for name in sum(names, []))
+        except (MattermostError, LookupError, TypeError, AttributeError) as error:
+            log.debug("the bot's roles can't be read: %r", error)
+            return True
+
+    def create_post(self, post):
+        """Return a post as it has been made; where the bot is no longer a member, join first."""
+        channel_id = post["channel_id"]
+        try:
+            return self.mattermost.create_post(post)
+        except NotAllowed as error:
+            if error.status != 403:
+                raise
+        self.good.forget(channel_id)
+        self.check(channel_id, "submission")
+        try:
+            return self.mattermost.create_post(post)
+        except NotAllowed:
+            self.good.forget(channel_id)
+            raise
+
+    def reply(self, channel_id, root_id, message, pending_post_id=None):
+        """Post in a thread."""
+        self.create_post(new_post(
+            channel_id, message, pending_post_id or secrets.token_urlsafe(24), root_id))
+
+
+# ------------------------------------------------------------------------------ 9. The desk
+
+def fingerprint(answers):
+    """Return a number that is the same for the same answers."""
+    return hash(json.dumps(answers, sort_keys=True))
+
+
+def why(error, again, refused):
+    """Return the sentence for a person whose call failed: it may work again, or it is refused."""
+    if error.status == 401:
+        return BAD_TOKEN
+    if error.foreign:
+        return IN_BETWEEN.format(status=error.status)
+    return again if error.may_pass else refused
+
+
+@contextlib.contextmanager
+def lock_in_time(lock, again):
+    """Hold a lock; be Sorry, with a sentence, if it is not free for as long as there is time."""
+    try:
+        held = lock.acquire(timeout=deadline.left(STATE_AGE))
+    except TimeoutError:
+        held = False
+    if not held:
+        raise Sorry(again)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Change(NamedTuple):
+    """What a press makes of a ticket; in its props under the same names."""
+
+    status: str
+    status_by: str  # user name
+    status_at: int  # milliseconds
+
+
+@dataclass(slots=True)
+class LastPress:
+    """What the last press of a ticket's button makes of it, while its post may not yet say so."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    change: Change | None = None
+
+
+class Presses:
+    """Take, close and reopen: what becomes of a ticket by its buttons.
+
+    | a press is  | if                                                   | then                   |
+    |-------------|------------------------------------------------------|------------------------|
+    | not ours    | the seal, the post or its props are not              | nothing is changed     |
+    | too late    | the ticket has got another status since its button   | who did it is told     |
+    | answered    | else                                                 | the answer changes it  |
+    | true        | the post shows the change, as we read it again       | the thread is told     |
+    | lost        | it does not: Mattermost has lost our answer          | the press is forgotten |
+
+    Mattermost changes the post when it has our answer. Who presses in between reads the old post:
+    so an answered press is remembered until it is true, or lost.
+    """
+
+    shown_within = 5  # seconds after the answer
+    first_look = 0.05  # seconds after the answer; each further one takes twice as long
+
+    def __init__(self, mattermost, seal, channels, url):
+        self.mattermost, self.seal, self.channels, self.url = mattermost, seal, channels, url
+        self.last = Recent()
+
+    def buttons(self, ticket_id, ticket):
+        """Return the attachments of a ticket with such props; its buttons hold for this status."""
+        return attachments(ticket["status"], self.url, lambda wanted: self.seal.sign(
+            "action", ticket_id, ticket["status_at"], wanted))
+
+    def on_press(self, press):
+        """Give a ticket another status; yield the answer to the button, then tell the thread."""
+        fields = self.seal.open("action", press.signed) or ()
+        if len(fields) != 3 or not (press.user_name and press.post_id):
+            raise Sorry(NOT_OUR_BUTTON)
+        ticket_id, status_at, wanted = fields
+        last = self.last.remember(ticket_id, LastPress())
+        with lock_in_time(last.lock, PRESS_AGAIN):
+            post = self.ticket(press.post_id, ticket_id)
+            now = last.change or self.shown(post)
+            same = wanted == "taken" and (now.status, now.status_by) == ("taken", press.user_name)
+            if now.status_at != status_at or same or wanted not in STATUSES[now.status]["buttons"]:
+                raise Sorry(STATUSES[now.status]["already"].format(user_name=now.status_by))
+            change = Change(wanted, press.user_name, max(milliseconds(), status_at + 1))
+            last.change = change
+        try:
+            yield {"update": self.changed(post, change)}
+            self.tell_thread(post, change)
+        finally:
+            if last.change is change:
+                last.change = None
+
+    def ticket(self, post_id, ticket_id):
+        """Return the post of a ticket as it is now, if the bot has written it."""
+        try:
+            post, me = self.mattermost.get_post(post_id), self.mattermost.get_me()
+        except MattermostError as error:
+            raise Sorry(why(error, PRESS_AGAIN, NOT_READABLE)) from error
+        if not (self.shown(post) and post["props"].get("ticket_id") == ticket_id
+                and post.get("user_id") == me["id"] and isinstance(post.get("message"), str)
+                and matching(ID, post.get("channel_id"))):
+            raise Sorry(NOT_OUR_BUTTON)
+        return post
+
+    def shown(self, post):
+        """Return what a ticket's post says that it is, a Change; None if it says nothing of it."""
+        try:
+            ticket = post["props"]["ticket"]
+            shown = Change(*(ticket[name] for name in Change._fields))
+            sound = (shown.status in STATUSES and matching(USER_NAME, shown.status_by)
+                     and isinstance(shown.status_at, int))
+        except (LookupError, TypeError):
+            return None
+        return shown if sound else None
+
+    def changed(self, post, change):
+        """Return the update of a ticket's post: message, props and buttons; the rest stays."""
+        ticket = {**post["props"]["ticket"], **change._asdict()}
+        props = {**post["props"], "ticket": ticket,
+                 "attachments": self.buttons(post["props"]["ticket_id"], ticket)}
+        return {"message": with_status(post["message"], change.status, change.status_by),
+                "props": props}
+
+    def tell_thread(self, post, change):
+        """Tell everybody who follows a ticket what has become of it, once it has."""
+        ticket_id = post["props"]["ticket_id"]
+        if not self.becomes_true(post["id"], change):
+            log.warning("ticket=%s did not become %s by user=%s: Mattermost lost the answer",
+                        ticket_id, change.status, change.status_by)
+            return
+        log.info("ticket=%s status=%s user=%s", ticket_id, change.status, change.status_by)
+        try:
+            self.channels.reply(
+                post["channel_id"], post["id"],
+                STATUSES[change.status]["reply"].format(user_name=change.status_by))
+        except (Sorry, MattermostError) as error:
+            log.warning("ticket=%s: the thread was not told: %s", ticket_id, error)
+
+    def becomes_true(self, post_id, change):
+        """Return whether a post shows a change, or a later one, in time."""
+        ends, pause = time.monotonic() + self.shown_within, self.first_look
+        while time.monotonic() + pause < ends:
+            time.sleep(pause)
+            pause *= 2
+            with contextlib.suppress(MattermostError):
+                shown = self.shown(self.mattermost.get_post(post_id))
+                if shown and shown.status_at >= change.status_at:
+                    return True
+        return False
+
+
+@dataclass(slots=True)
+class Dialog:
+    """A dialog, and the one ticket that comes of it, however often it is submitted.
+
+    | it is      | since                                        | and a submission           |
+    |------------|----------------------------------------------|----------------------------|
+    | open       | /ticket was typed                            | posts the ticket           |
+    | unanswered | Mattermost was sent the ticket and said      | posts it again; after 25 s |
+    |            | nothing, or we have started: `unanswered`    | looks for it first         |
+    | filed      | there is a ticket: `post_id`                 | posts what is new in it    |
+    | confirmed  | a submission was answered with success       | is not confirmed again     |
+    """
+
+    asked: State
+    hook: str = ""
+    unanswered: float = math.inf  # when it was sent for the first time, by time.monotonic()
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    ticket_id: str = ""
+    post_id: str = ""
+    posted: int = 0  # fingerprint of the answers in the ticket, or those posted after
+    has_reply: bool = False
+    confirmed: bool = False
+
+
+class Desk:
+    """What happens to a ticket, in order: from the command to the dialog, and from there on.
+
+    What reacts to a request yields its answer; what comes after that is done when it has gone out.
+    """
+
+    known_there = 25  # seconds; Mattermost knows a pending_post_id for 30
+    clocks_differ = 300  # seconds, Mattermost's and ours, at most
+    wait_at_stop = 10  # seconds
+
+    def __init__(self, settings):
+        self.settings, self.form = settings, settings.form
+        self.mattermost = Mattermost(settings)
+        self.channels = Channels(self.mattermost, settings.ticket_channel)
+        self.seal = Seal(settings.slash_tokens)
+        self.presses = Presses(self.mattermost, self.seal, self.channels,
+                               settings.callback_url + "/ticket/action")
+        self.ids = TicketIds()
+        self.dialogs = Recent()
+        self.site_url = ""
+        self.proven = set()
+
+    def prove(self, sentence):
+        """Log, once, that something works which could not be checked from here."""
+        if sentence not in self.proven:
+            self.proven.add(sentence)
+            log.info(sentence)
+
+    def link(self, post_id):
+        """Return the address of a post, for people."""
+        if not self.site_url:
+            try:
+                site_url = str(self.mattermost.get_client_config().get("SiteURL"))
+                self.site_url = site_url.rstrip("/") if site_url.startswith("http") else ""
+            except MattermostError as error:
+                log.warning("the site URL is not known: %s", error)
+        return f"{self.site_url or self.settings.mattermost_url}/_redirect/pl/{post_id}"
+
+    # From the command to the dialog
+
+    def on_slash_command(self, command):
+        """Open the form; yield the answer to the command."""
+        self.prove("SLASH_TOKEN fits: a /ticket has come")
+        self.channels.check(self.channels.target(command.channel_id), "command")
+        asked = State(command.user_id, command.user_name, command.channel_id, command.root_id,
+                      int(time.time()), self.form.fingerprint, secrets.token_urlsafe(24))
+        self.dialogs.remember(asked.nonce, Dialog(asked, command.hook))
+        dialog, complete = self.form.prefilled(command.text)
+        dialog = {**dialog, "state": self.seal.sign("state", *asked)}
+        try:
+            self.mattermost.open_dialog(
+                command.trigger_id, self.settings.callback_url + "/ticket/submit", dialog)
+        except MattermostError as error:
+            late = error.meaning == "too late"
+            raise Sorry(FORM_LATE if late else why(error, FORM_NOT_OPENED, FORM_REFUSED)) from error
+        yield {} if complete else given_back(FORM_TOO_SMALL, command.text)
 
     # From the submission to the ticket
 
@@ -1291,14 +1879,15 @@ class Desk:
         if submission.cancelled:
             yield {}
             return
-        asked = opened_state(self.seal, submission)
-        answers, errors = read_answers(self.elements, submission.answers)
+        asked = opened_state(self.seal, submission, self.form)
+        self.prove("CALLBACK_URL works: a form has come back")
+        answers, errors = self.form.read(submission.answers)
         if errors:
             yield {"errors": errors}
             return
         # One that is not remembered, as it was opened before the last start, may have a ticket.
         dialog = self.dialogs.remember(asked.nonce, Dialog(asked, unanswered=-math.inf))
-        with lock_in_time(dialog.lock):
+        with lock_in_time(dialog.lock, NOT_REACHED):
             try:
                 if not dialog.post_id:
                     self.file_ticket(dialog, answers)
@@ -1314,69 +1903,71 @@ class Desk:
 
     def file_ticket(self, dialog, answers):
         """Post a ticket, or find the one that an earlier attempt made."""
-        asked, channel_id = dialog.asked, self.target(dialog.asked.channel_id)
         dialog.ticket_id = dialog.ticket_id or self.ids.next()
-        message = ticket_message(dialog.ticket_id, asked.user_name, self.elements, answers)
-        excess = len(with_status(message, "closed", "x" * 64)) - MESSAGE_LIMIT  # room to close it
-        if excess > 0:
-            raise Sorry(TICKET_TOO_LONG.format(excess=excess))
-        # Not the nonce itself: people can read it in the state, and make a post with it first.
-        nonce = self.seal.signature("ticket", asked.nonce.encode()).decode()
-        props = ticket_props(dialog.ticket_id, asked, nonce, answers)
-        props["attachments"] = self.button(dialog.ticket_id, "closed")
+        post = self.ticket_post(dialog, answers)
         began = time.monotonic()
         try:
             made = None
             if began - dialog.unanswered > self.known_there:
-                made = self.earlier_ticket(channel_id, nonce)
-            made = made or self.create_ticket(new_post(channel_id, message, nonce, **props))
+                made = self.earlier_ticket(dialog)
+            made = made or self.channels.create_post(post)
+            if not self.is_ticket(made, dialog):
+                raise self.mattermost.odd_answer()
         except MattermostError as error:
             if error.may_have_worked:
                 dialog.unanswered = min(dialog.unanswered, began)
             raise
         dialog.ticket_id, dialog.post_id = made["props"]["ticket_id"], made["id"]
         dialog.posted = fingerprint(made["props"]["ticket"].get("answers"))
-        log.info("ticket=%s user=%s channel=%s post=%s",
-                 dialog.ticket_id, asked.user_name, channel_id, dialog.post_id)
-        dialog.has_reply = bool(made.get("reply_count"))
+        dialog.has_reply = dialog.has_reply or bool(made.get("reply_count"))
+        log.info("ticket=%s user=%s channel=%s post=%s", dialog.ticket_id, dialog.asked.user_name,
+                 post["channel_id"], dialog.post_id)
 
-    def earlier_ticket(self, channel_id, nonce):
-        """Return the post that an earlier submission of the same dialog made, or None."""
-        posts = []
-        with contextlib.suppress(NotAllowed):  # a bot that may post everywhere may not read
-            posts = self.mattermost.get_channel_posts(channel_id)
-        made = [post for post in posts if is_ticket(post, nonce)]
-        if made and made[0].get("user_id") == self.mattermost.get_me()["id"]:
-            return made[0]
-        return None
+    def ticket_post(self, dialog, answers):
+        """Return the post of a ticket, as Mattermost gets it."""
+        asked, ticket_id = dialog.asked, dialog.ticket_id
+        message = ticket_message(ticket_id, asked.user_name, self.form, answers,
+                                 self.link(asked.root_id) if asked.root_id else "")
+        if (excess := excess_of(message)) > 0:
+            raise Sorry(TICKET_TOO_LONG.format(excess=excess))
+        now, nonce = milliseconds(), self.nonces("ticket", dialog)[0]
+        ticket = {"user_id": asked.user_id, "user_name": asked.user_name, "answers": answers,
+                  "created_at": now, "nonce": nonce,
+                  "status": "open", "status_by": asked.user_name, "status_at": now}
+        return new_post(self.channels.target(asked.channel_id), message, nonce, is_ticket=True,
+                        ticket_id=ticket_id, ticket=ticket,
+                        attachments=self.presses.buttons(ticket_id, ticket))
 
-    def create_ticket(self, post):
-        """Create the post of a ticket; where the bot is no longer a member, join first."""
+    def nonces(self, purpose, dialog):
+        """Return what may name a post of a dialog: with the first slash token, and with the others.
+
+        Not the nonce itself: people can read it in the state, and make a post with it first.
+        """
+        return self.seal.signatures(purpose, dialog.asked.nonce)
+
+    def is_ticket(self, post, dialog):
+        """Return whether what Mattermost calls a post is the ticket of a dialog."""
         try:
-            made = self.create_post(post)
-        except MattermostError as error:
-            if error.status != 403:
-                raise
-            self.good_channels.forget(post["channel_id"])
-            self.check_channel(post["channel_id"], SUBMIT_AGAIN)
-            made = self.create_post(post)
-        if not is_ticket(made, post["pending_post_id"]):
-            raise MattermostError("the answer is not the ticket that was posted")
-        return made
+            props = post["props"]
+            return (props["ticket"]["nonce"] in self.nonces("ticket", dialog)
+                    and bool(matching(ID, post["id"]) and matching(TICKET_ID, props["ticket_id"])))
+        except (LookupError, TypeError):
+            return False
 
-    def create_post(self, post):
-        """Create a post, again and again while Mattermost is away; all tries make one post."""
-        pause, ends = self.pause, time.monotonic() + self.patience
-        while True:
-            try:
-                return self.mattermost.create_post(post)
-            except MattermostError as error:
-                wait = error.retry_after or pause
-                left = min(ends, deadline.ends) - time.monotonic()
-                if not error.may_pass or wait + self.mattermost.timeout > left:
-                    raise
-            time.sleep(wait)
-            pause = min(2 * pause, 2)
+    def earlier_ticket(self, dialog):
+        """Return the post that an earlier submission of the same dialog made, or None."""
+        asked, posts = dialog.asked, []
+        with contextlib.suppress(NotAllowed):  # a bot that may post everywhere may not read
+            posts = self.mattermost.get_channel_posts(
+                self.channels.target(asked.channel_id), (asked.time - self.clocks_differ) * 1000)
+        me = self.mattermost.get_me()["id"]
+        ours = [post for post in posts if isinstance(post, dict) and post.get("user_id") == me]
+        for post in ours:
+            if self.is_ticket(post, dialog):
+                # reply_count is 0 in such a list.
+                dialog.has_reply = any(reply.get("root_id") == post["id"] for reply in ours)
+                return post
+        return None
 
     def post_changes(self, dialog, answers):
         """Post answers that are not in the ticket in its thread.
@@ -1385,46 +1976,32 @@ class Desk:
         changed before it was submitted again.
         """
         asked = dialog.asked
-        lines = answer_lines(self.elements, answers)
-        message = f"{CHANGED.format(user_name=asked.user_name)}\n{lines}".rstrip()
-        self.reply(self.target(asked.channel_id), dialog.post_id, message)
+        changed = CHANGED.format(user_name=asked.user_name)
+        self.channels.reply(self.channels.target(asked.channel_id), dialog.post_id,
+                            f"{changed}\n{self.form.lines(answers)}".rstrip("\n"))
         dialog.posted = fingerprint(answers)
-
-    def reply(self, channel_id, root_id, message):
-        """Post in the thread of a ticket."""
-        post = new_post(channel_id, message, secrets.token_urlsafe(24), root_id)
-        self.create_post(post)
 
     def why_not_filed(self, error, dialog):
         """Return the sentence for somebody whose ticket Mattermost did not take."""
-        if error.id == CHANNEL_ARCHIVED:
-            self.good_channels.forget(self.target(dialog.asked.channel_id))
-            return ARCHIVED.format(place=self.place)
-        if error.id in MESSAGE_TOO_LONG or error.status == 413:
+        if error.meaning == "archived":
+            self.channels.good.forget(self.channels.target(dialog.asked.channel_id))
+            after = "ticket channel" if self.settings.ticket_channel else "submission"
+            return CANT_POST["archived"][after]
+        if error.meaning == "too long" or error.status == 413:
             return TOO_LONG_THERE
-        if error.status == 401:
-            return BAD_TOKEN
-        return NOT_REACHED if error.may_pass else NOT_ACCEPTED
+        return why(error, NOT_REACHED,
+                   REJECTED.format(reason=error.words) if error.words else NOT_ACCEPTED)
 
     # After the answer: the ticket exists, and what fails now can only be logged
-
-    def begin_thread(self, dialog):
-        """Reply to a ticket: from then on, its reporter follows the thread."""
-        if dialog.has_reply:
-            return
-        try:
-            self.reply(self.target(dialog.asked.channel_id), dialog.post_id, REPLY)
-        except MattermostError as error:
-            log.warning("ticket=%s has no reply: %s", dialog.ticket_id, error)
 
     def confirm(self, dialog):
         """Tell the reporter, and nobody else, that there is a ticket."""
         asked = dialog.asked
-        link = f"{self.get_site_url()}/_redirect/pl/{dialog.post_id}"
-        text = CONFIRMATION.format(ticket_id=dialog.ticket_id, link=link)
+        text = CONFIRMATION.format(ticket_id=dialog.ticket_id, link=self.link(dialog.post_id))
         try:
             if dialog.hook:
-                return self.mattermost.answer_command(dialog.hook, ephemeral(text))
+                self.mattermost.answer_command(dialog.hook, ephemeral(text))
+                return
         except MattermostError as error:
             log.warning("ticket=%s response hook: %s", dialog.ticket_id, error)
         try:
@@ -1433,112 +2010,15 @@ class Desk:
             log.warning("ticket=%s was not confirmed to user=%s: %s",
                         dialog.ticket_id, asked.user_name, error)
 
-    def get_site_url(self):
-        """Return the address that people use Mattermost at."""
-        if not self.site_url:
-            try:
-                self.site_url = str(self.mattermost.get_client_config().get("SiteURL")).rstrip("/")
-            except MattermostError as error:
-                log.warning("the site URL is not known: %s", error)
-        return self.site_url if self.site_url.startswith("http") else self.settings.mattermost_url
-
-    # From the button to another status
-
-    def on_press(self, press):
-        """Close or reopen a ticket; yield the answer to the button, then tell the thread.
-
-        Mattermost changes the post when it has our answer. Who presses in between reads the old
-        post: so the last press is remembered for as long as that can take.
-        """
-        ticket_id, wanted = self.seal.open("action", press.signed) or ("", "")
-        if not (ticket_id and press.user_name and press.post_id):
-            raise Sorry(NOT_OUR_BUTTON)
-        last = self.presses.remember(ticket_id, LastPress())
-        with lock_in_time(last.lock):
-            post = self.ticket_post(press.post_id, ticket_id)
-            ticket, now = post["props"]["ticket"], milliseconds()
-            if last.change["status_at"] > now - self.press_takes * 1000:
-                ticket = {**ticket, **last.change}
-            if ticket.get("status") == wanted:
-                raise Sorry(STATUSES[wanted]["already"].format(user_name=ticket["status_by"]))
-            last.change = {"status": wanted, "status_by": press.user_name, "status_at": now}
-        log.info("ticket=%s status=%s user=%s", ticket_id, wanted, press.user_name)
-        other = "open" if wanted == "closed" else "closed"
-        props = {**post["props"], "ticket": {**ticket, **last.change},
-                 "attachments": self.button(ticket_id, other)}
-        message = with_status(post["message"], wanted, press.user_name)
-        yield {"update": {"message": message, "props": props}}
-        self.tell_thread(post, wanted, press.user_name)
-
-    def button(self, ticket_id, status):
-        """Return the attachments of a ticket with the button that gives it a status."""
-        signed = self.seal.close("action", ticket_id, status)
-        return button(status, self.settings.callback_url + "/ticket/action", signed)
-
-    def ticket_post(self, post_id, ticket_id):
-        """Return the post of a ticket as it is now, if the bot has written it."""
-        try:
-            post, me = self.mattermost.get_post(post_id), self.mattermost.get_me()
-        except MattermostError as error:
-            raise Sorry(NOT_CHANGED) from error
-        props = post.get("props")
-        if not (isinstance(props, dict) and isinstance(props.get("ticket"), dict)
-                and props.get("ticket_id") == ticket_id and post.get("user_id") == me["id"]
-                and isinstance(post.get("message"), str)):
-            raise Sorry(NOT_OUR_BUTTON)
-        return post
-
-    def tell_thread(self, post, status, user_name):
-        """Tell everybody who follows a ticket what has become of it."""
-        try:
-            self.reply(post.get("channel_id"), post.get("id"),
-                       STATUSES[status]["reply"].format(user_name=user_name))
-        except MattermostError as error:
-            log.warning("the thread was not told that user=%s made a ticket %s: %s",
-                        user_name, status, error)
-
-    # What an admin should know
-
-    def checks(self):
-        """Yield a logging level and a sentence for all that can be checked from here."""
-        callback_url = self.settings.callback_url
-        if is_loopback(callback_url) and not is_loopback(self.settings.mattermost_url):
-            yield logging.WARNING, f"CALLBACK_URL: {callback_url} is Mattermost's own machine"
-        try:
-            config = self.mattermost.get_client_config()
-        except MattermostError as error:
-            yield logging.ERROR, f"MATTERMOST_URL: {error}"
+    def begin_thread(self, dialog):
+        """Reply to a ticket: from then on, its reporter follows the thread."""
+        if dialog.has_reply:
             return
-        version = str(config.get("Version"))
-        yield logging.INFO, f"MATTERMOST_URL: Mattermost {version} answers"
-        if [int(part) for part in re.findall(r"\d{1,4}", version)[:2]] < [9, 4]:
-            yield logging.WARNING, "Mattermost before 9.4 gives a form 3 seconds to open: update it"
-        self.site_url = str(config.get("SiteURL")).rstrip("/")
-        if not self.site_url.startswith("http"):
-            yield logging.WARNING, "Mattermost has no SiteURL: set it, for the links to tickets"
-        yield from self.bot_checks()
-
-    def bot_checks(self):
-        """Yield a logging level and a sentence for what the bot is and where it can post."""
         try:
-            me = self.mattermost.get_me()
-        except MattermostError as error:
-            wrong = error.status == 401
-            yield logging.ERROR, f"BOT_TOKEN: {'it is not valid: ' if wrong else ''}{error}"
-            return
-        name = me.get("username")
-        if me.get("is_bot"):
-            yield logging.INFO, f"BOT_TOKEN: it is that of the bot @{name}"
-        else:
-            yield logging.WARNING, f"BOT_TOKEN: @{name} is a person: create a bot account"
-        try:
-            if not self.mattermost.get_my_teams():
-                yield logging.ERROR, f"@{name} is in no team: let a team admin add it"
-            if self.settings.ticket_channel:
-                self.enter_channel(self.settings.ticket_channel, TYPE_AGAIN)
-                yield logging.INFO, f"TICKET_CHANNEL: @{name} can post there"
-        except (Sorry, MattermostError) as problem:
-            yield logging.ERROR, f"@{name} may not be able to post: {problem}"
+            self.channels.reply(self.channels.target(dialog.asked.channel_id), dialog.post_id,
+                                REPLY, self.nonces("reply", dialog)[0])
+        except (Sorry, MattermostError) as error:
+            log.warning("ticket=%s has no reply: %s", dialog.ticket_id, error)
 
     def close(self):
         """Let the clock pass the last ticket ID, so that the next start can't give it again."""
@@ -1550,16 +2030,16 @@ class Desk:
         self.mattermost.connections.close()
 
 
-# ------------------------------------------------------------------------- 8. The HTTP edge
+# ------------------------------------------------------------------------ 10. The HTTP edge
 
 HEAD_LIMIT = 16 * 1024  # bytes of request line and headers
 BODY_LIMIT = 256 * 1024  # bytes; 16,383 characters are up to 196 KB in a form
 FILES = 16 * 1024  # that may be open, if the system lets us
 UNFINISHED_LIMIT = 64 * 2**20  # bytes of all requests that are still arriving
-TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HEAD = re.compile(
     rb"(?:\r\n)?(%b) (/[!-~]*) (HTTP/1\.[01])\r\n((?:%b:[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n"
-    % (TOKEN, TOKEN))
+    % (NAME, NAME))
 BARE_LF = re.compile(rb"(?<!\r)\n")
 HOST = re.compile(rb"[\w.~:\[\]-]+")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
@@ -1578,7 +2058,8 @@ HEALTH = "/health"
 ROUTES = {
     "/ticket": Route(SlashCommand.from_body, Desk.on_slash_command, not_opened),
     "/ticket/submit": Route(Submission.from_body, Desk.on_submission, not_filed),
-    "/ticket/action": Route(Press.from_body, Desk.on_press, not_changed),
+    "/ticket/action": Route(
+        Press.from_body, lambda desk, press: desk.presses.on_press(press), not_changed),
 }
 
 
@@ -1740,7 +2221,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def refuse(self, refused):
         """Answer a request that Mattermost would not send."""
-        self.note = str(refused)
+        self.note = f"{refused}: {refused.hint}" if refused.hint else str(refused)
         self.answer(refused.status, {"error": str(refused)}, *refused.headers)
 
     def answer(self, status, payload, *headers):
@@ -1764,7 +2245,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         level = logging.WARNING if self.note or code != 200 else logging.INFO
         what = f"{self.command} {self.path[:200]!r}" if self.command else "no HTTP"
-        log.log(level, "%s %s %s %s", self.client_address, what, code, self.note)
+        note = f" {self.note}" if self.note else ""
+        log.log(level, "%s %s %s%s", self.client_address, what, code, note)
 
 
 class Threads:
@@ -1818,12 +2300,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     One loop, serve_forever(), owns every connection until its request is whole. It takes what has
     arrived, judges the head as soon as it is there, and answers health checks and refusals itself:
-    a short answer to a new connection can't block. A whole request goes to a thread, which waits for
-    nobody but Mattermost. The others are in one table, `connections`, which is bounded in number,
-    time and memory; nothing that a client does can end the loop.
+    a short answer to a new connection can't block. A whole request goes to a thread, which waits
+    for nobody but Mattermost. The others are in one table, `connections`, which is bounded in
+    number, time and memory; nothing that a client does can end the loop.
     """
 
-    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     request_queue_size = 1024
     arrive_within = 10  # seconds in which a request has to arrive
     grace = 0.1  # seconds in which a connection does not give way: the honest speak by then
@@ -1831,7 +2312,9 @@ class Server(http.server.ThreadingHTTPServer):
     answer_within = 24  # seconds in which a person gets an answer; Mattermost gives up after 30
     follow_up_within = 20  # seconds for what is done after the answer
 
-    def __init__(self, desk, port):
+    def __init__(self, desk, host, port):
+        both = socket.has_dualstack_ipv6() and not host
+        self.address_family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
         files = raised_file_limit()
         self.most_connections = min(4096, files // 3)
         # A thread may open a connection to Mattermost as well.
@@ -1842,7 +2325,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.next_look = 0.0
         self.selector = selectors.DefaultSelector()
         self.stopping, self.stopped = threading.Event(), threading.Event()
-        super().__init__(("", port), Handler)
+        super().__init__((host, port), Handler)
 
     def server_bind(self):
         """Bind to IPv4 and IPv6, without HTTPServer's look-up of a name: that can take 10 s."""
@@ -2002,7 +2485,142 @@ class Server(http.server.ThreadingHTTPServer):
         log.exception("a request of %s failed", client_address)
 
 
-# --------------------------------------------------------------------- 9. The command line
+# -------------------------------------------------------------------- 11. The command line
+
+LEVELS = {"ok": logging.INFO, "note": logging.INFO,
+          "warning": logging.WARNING, "problem": logging.ERROR}
+
+
+def address_of(host, port):
+    """Return the URL at which a service that listens on a host and a port can be asked."""
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def illness(url, tls=None):
+    """Return why a URL is not that of a service that is well; "" if it is."""
+    parts = urllib.parse.urlsplit(url + "/health")
+    try:
+        if parts.scheme == "https":
+            connection = http.client.HTTPSConnection(
+                parts.hostname, parts.port, timeout=5, context=tls or tls_context(""))
+        else:
+            connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=5)
+        with contextlib.closing(connection):
+            connection.request("GET", parts.path)
+            answer = connection.getresponse()
+            well = answer.status == 200 and answer.read(100) == json_bytes({"status": "ok"})
+            return "" if well else f"another program answers ({answer.status})"
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        return str(error)
+
+
+def callback_checks(settings, port):
+    """Yield whether CALLBACK_URL can be right; a wrong one costs people their text."""
+    url = settings.callback_url
+    parts = urllib.parse.urlsplit(url)
+    if is_loopback(url) and not is_loopback(settings.mattermost_url):
+        yield "warning", f"CALLBACK_URL: {url} is Mattermost's own machine"
+    if parts.port and parts.port not in (settings.port, 80, 443):
+        yield "warning", f"CALLBACK_URL: its port is {parts.port}, but PORT is {settings.port}"
+    if not illness(address_of(settings.host, port)):  # the service runs
+        if wrong := illness(url, settings.tls):
+            yield "warning", ("CALLBACK_URL: Mattermost must reach it; from here it does not "
+                              f"answer: {wrong}")
+        else:
+            yield "ok", "CALLBACK_URL: the service answers there, as seen from here"
+
+
+def mattermost_checks(desk):
+    """Yield whether Mattermost answers, which one it is, and whether the bot is one."""
+    try:
+        config = desk.mattermost.get_client_config()
+    except MattermostError as error:
+        yield "problem", f"MATTERMOST_URL: {error}"
+        return
+    version, site_url = config["Version"], str(config.get("SiteURL"))
+    yield "ok", f"MATTERMOST_URL: Mattermost {version} answers"
+    if [int(part) for part in re.findall(r"\d{1,4}", version)[:2]] < [9, 4]:
+        yield "warning", "MATTERMOST_URL: before 9.4, a form has 3 seconds to open: update it"
+    if site_url.startswith("http"):
+        yield "ok", f"MATTERMOST_URL: its SiteURL, for links to tickets, is {site_url}"
+    else:
+        yield "warning", "MATTERMOST_URL: it has no SiteURL: set it, for the links to tickets"
+    yield from bot_checks(desk)
+
+
+def bot_checks(desk):
+    """Yield whose token it is, and whether the bot may post."""
+    try:
+        me = desk.mattermost.get_me()
+        bot = me.get("username")
+        if not me.get("is_bot"):
+            yield "problem", (f"BOT_TOKEN: @{bot} is a person, and would be the author of all "
+                              "tickets: use the token of a bot account")
+        teams = [str(team.get("name")) for team in desk.mattermost.get_my_teams()
+                 if isinstance(team, dict)]
+    except MattermostError as error:
+        hint = " (a Token ID is not a token)" if error.status == 401 else ""
+        yield "problem", f"BOT_TOKEN: {error}{hint}"
+        return
+    if teams:
+        yield "ok", f"BOT_TOKEN: it is that of @{bot}, in the team {', '.join(teams)}"
+    else:
+        yield "problem", f"BOT_TOKEN: @{bot} is in no team: let a team admin add it"
+    if desk.settings.ticket_channel:
+        yield from ticket_channel_checks(desk, bot)
+
+
+def ticket_channel_checks(desk, bot):
+    """Yield whether the bot may post in the ticket channel, and who can read it."""
+    channel_id = desk.settings.ticket_channel
+    try:
+        if obstacle := desk.channels.obstacle(channel_id):
+            yield "problem", f"TICKET_CHANNEL: {CANT_POST[obstacle]['admin'].format(bot=bot)}"
+            return
+        yield "ok", f"TICKET_CHANNEL: @{bot} can post there"
+        if desk.mattermost.get_channel(channel_id).get("type") == "P":
+            yield "warning", ("TICKET_CHANNEL: it is private: the links in confirmations lead "
+                              "nowhere for people who are not in it")
+    except MattermostError as error:
+        yield "warning", f"TICKET_CHANNEL: it can't be looked at: {error}"
+
+
+def checks(desk, port):
+    """Yield one of LEVELS and a sentence, beginning with a setting, for all there is to know."""
+    yield from callback_checks(desk.settings, port)
+    yield "note", "SLASH_TOKEN: it can't be checked from here: type /ticket"
+    yield from mattermost_checks(desk)
+
+
+def log_checks(desk, port):
+    """Log what the admin should know; a Mattermost that is down is no reason to stop."""
+    for level, sentence in checks(desk, port):
+        log.log(LEVELS[level], "%s", sentence)
+
+
+def check(settings):
+    """Print what is fine and what is not; return the exit status."""
+    desk, levels = Desk(settings), set()
+    for level, sentence in checks(desk, settings.port):
+        levels.add(level)
+        print(f"{level:8}{sentence}", flush=True)
+    desk.close()
+    return 1 if "problem" in levels else 0
+
+
+def health(environ):
+    """Ask the service that runs on this machine whether it is well; return the exit status."""
+    try:
+        url = address_of(read_setting(environ, "HOST"), read_setting(environ, "PORT"))
+    except ValueError as error:
+        print(f"HOST or PORT {error}", file=sys.stderr)
+        return 1
+    if wrong := illness(url):
+        print(f"no answer at {url}: {wrong}", file=sys.stderr)
+        return 1
+    return 0
+
 
 def serve(settings):
     """Run the service until SIGTERM or SIGINT; return the exit status."""
@@ -2011,13 +2629,13 @@ def serve(settings):
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     desk = Desk(settings)
     try:
-        server = Server(desk, settings.port)
+        server = Server(desk, settings.host, settings.port)
     except OSError as error:
-        log.error("port %d can't be opened: %s", settings.port, error)
+        log.error("HOST and PORT: %s:%d can't be opened: %s", settings.host, settings.port, error)
         return 1
-    threading.Thread(target=server.serve_forever, args=(0.1,)).start()
+    threading.Thread(target=server.serve_forever).start()
     log.info("listening on port %d", server.server_port)
-    threading.Thread(target=log_checks, args=(desk,), daemon=True).start()
+    threading.Thread(target=log_checks, args=(desk, server.server_port), daemon=True).start()
     signal.sigwait(signals)
     log.info("stopping")
     server.shutdown()
@@ -2025,58 +2643,31 @@ def serve(settings):
     return 0
 
 
-def log_checks(desk):
-    """Log what the admin should know; a Mattermost that is down is no reason to stop."""
-    for level, sentence in desk.checks():
-        log.log(level, "%s", sentence)
-
-
-def check(settings):
-    """Print what is fine and what is not; return the exit status."""
-    names = {logging.INFO: "ok", logging.WARNING: "warning", logging.ERROR: "problem"}
-    levels = set()
-    for level, sentence in Desk(settings).checks():
-        levels.add(level)
-        print(f"{names[level]:8}{sentence}", flush=True)
-    return 1 if logging.ERROR in levels else 0
-
-
-def health(environ):
-    """Ask the service that runs on this machine whether it is well; return the exit status."""
-    try:
-        port = checked_port(environ.get("PORT", "").strip() or "8080")
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        connection.request("GET", "/health")
-        answer = connection.getresponse()
-        fine = answer.status == 200 and answer.read(100) == json_bytes({"status": "ok"})
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        print(f"no answer on port {environ.get('PORT') or 8080}: {error}", file=sys.stderr)
-        return 1
-    return 0 if fine else 1
-
-
-def main():
+def main(arguments, environ):
     """Do what the command line says; return the exit status."""
-    variables = "\n".join(f"  {name:16}{meaning}" for name, meaning in VARIABLES.items())
+    variables = "\n".join(f"  {name:16}{setting.meaning}" for name, setting in SETTINGS.items())
+    in_file = ", ".join(name for name, setting in SETTINGS.items() if setting.in_file)
     parser = argparse.ArgumentParser(
         description="A /ticket slash command for Mattermost. Without an option: run the service.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"environment variables:\n{variables}\n\n"
-               f"A file can hold {', '.join(FROM_FILE)}:\nname it in BOT_TOKEN_FILE and so on.")
+               f"A file can hold {in_file}:\nname it in BOT_TOKEN_FILE and so on.")
     options = parser.add_mutually_exclusive_group()
     options.add_argument("--check", action="store_true", help="check settings and Mattermost")
     options.add_argument("--health", action="store_true", help="ask the running service")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     if chosen.health:
-        return health(os.environ)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        return health(environ)
     try:
-        settings = Settings.from_environment(os.environ)
+        settings = Settings.from_environment(environ)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2
-    return check(settings) if chosen.check else serve(settings)
+    if chosen.check:
+        return check(settings)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    return serve(settings)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:], os.environ))
