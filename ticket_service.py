@@ -2309,6 +2309,7 @@ class Server(http.server.ThreadingHTTPServer):
     arrive_within = 10  # seconds in which a request has to arrive
     grace = 0.1  # seconds in which a connection does not give way: the honest speak by then
     linger = 2  # seconds for which a refused client may go on sending
+    stop_within = 1  # second, in which requests that are on their way have to be here
     answer_within = 24  # seconds in which a person gets an answer; Mattermost gives up after 30
     follow_up_within = 20  # seconds for what is done after the answer
 
@@ -2349,7 +2350,7 @@ class Server(http.server.ThreadingHTTPServer):
             if not self.accept():
                 break
         self.socket.close()
-        ends = time.monotonic() + 1  # for requests that are on their way
+        ends = time.monotonic() + self.stop_within
         for connection in self.connections:
             connection.due = min(connection.due, ends)
         while self.connections:
@@ -2624,15 +2625,15 @@ def health(environ):
 
 def serve(settings):
     """Run the service until SIGTERM or SIGINT; return the exit status."""
-    # Blocked before any thread starts, so that sigwait() gets them; nothing else ends a PID 1.
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     desk = Desk(settings)
     try:
         server = Server(desk, settings.host, settings.port)
     except OSError as error:
         log.error("HOST and PORT: %s:%d can't be opened: %s", settings.host, settings.port, error)
         return 1
+    # Blocked before any thread starts, so that sigwait() gets them; nothing else ends a PID 1.
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     threading.Thread(target=server.serve_forever).start()
     log.info("listening on port %d", server.server_port)
     threading.Thread(target=log_checks, args=(desk, server.server_port), daemon=True).start()
