@@ -125,7 +125,7 @@ def answers_to(form=ticket_service.FORM, mark="typed"):
 class Case(unittest.TestCase):
     """A stand-in Mattermost, and a service that is made for it on demand."""
 
-    environment = {}
+    environment: dict = {}
 
     def setUp(self):
         self.log = LogLines()
@@ -242,7 +242,7 @@ class TicketTest(Case):
         self.assertRegex(ticket_id, TICKET_ID)
         self.assertEqual(ticket_id[7:15], time.strftime("%Y%m%d", time.gmtime()))
         self.assertEqual(root["channel_id"], HELPDESK)
-        self.assertEqual(root["hashtags"], f"#{ticket_id} {OPEN['tag']}")
+        self.assertEqual(root["hashtags"], f"#{ticket_id} {OPEN.tag}")
         self.assertIs(root["props"]["is_ticket"], True)
         ticket = root["props"]["ticket"]
         self.assertEqual((ticket["user_id"], ticket["user_name"]), (ALICE, "alice"))
@@ -277,7 +277,7 @@ class TicketTest(Case):
         link = f"{self.mattermost.url}/_redirect/pl/{THREAD}"
         self.assertEqual(root["message"], f"""\
 #### #{root['props']['ticket_id']} · @alice
-{ticket_service.STATUSES['open']['line']}
+{ticket_service.STATUSES['open'].line}
 {ticket_service.THREAD.format(link=link)}
 {ticket_service.FOR.format(mention='@helpdesk')}
 **Cluster:** `Production` @vsphere-oncall
@@ -368,8 +368,8 @@ class TicketTest(Case):
                 problem = next(e for e in dialog["elements"] if e["type"] == "textarea")
                 self.assertEqual(problem["default"],
                                  'disk is full on @bob see ~quiet & 100% "ok"\nsecond line')
-                submission = submission.replace("STATE", dialog["state"])
-                self.assertEqual(self.post("/ticket/submit", submission)[:2], (200, {}))
+                answer = self.post("/ticket/submit", submission.replace("STATE", dialog["state"]))
+                self.assertEqual(answer[:2], (200, {}))
                 self.eventually(lambda: self.mattermost.hooks[hook][0] == 4, "the confirmation")
                 root = self.mattermost.roots()[-1]
                 self.assertEqual(root["channel_id"], channel_id)
@@ -532,7 +532,7 @@ class StandIn(http.server.ThreadingHTTPServer):
         self.service = None  # host and port of what people know as CALLBACK_URL
         self.site_url = self.url
         self.sub_path = ""  # where its addresses begin
-        self.roles = "system_user"
+        self.bot_token, self.roles = BOT_TOKEN, "system_user"
         self.is_bot = True
         self.permissions = {
             "system_user": ["create_team"], "team_user": ["list_team_channels"],
@@ -939,7 +939,7 @@ class StandInHandler(http.server.BaseHTTPRequestHandler):
         try:
             if len(text) > 300_000:
                 raise Failure(413, "api.context.request_body_too_large.app_error")
-            known = self.headers["Authorization"] == f"Bearer {BOT_TOKEN}"
+            known = self.headers["Authorization"] == f"Bearer {stand_in.bot_token}"
             if not known and not path.startswith(WITHOUT_TOKEN):
                 raise Failure(401, "api.context.session_expired.app_error")
             for method, pattern, answer in ROUTES:
@@ -1536,8 +1536,8 @@ class SubmissionTest(Case):
         self.assertEqual(len(self.mattermost.posts), 1)
 
     def test_a_person_is_answered_in_time_however_slowly_mattermost_answers(self):
-        for what, behave in {"silence": slow(0.3), "a dripping answer": drips, "half of one": stalls,
-                             "an error": fails(503)}.items():
+        for what, behave in {"silence": slow(0.3), "a dripping answer": drips,
+                             "half of one": stalls, "an error": fails(503)}.items():
             with self.subTest(what):
                 self.mattermost.run_command()
                 self.forget_connections()
@@ -1640,15 +1640,11 @@ class SubmissionTest(Case):
 
     def test_a_new_bot_token_closes_no_dialog_and_a_new_slash_token_may_come_first(self):
         self.mattermost.run_command()
-        global BOT_TOKEN  # that the stand-in knows
-        old, BOT_TOKEN = BOT_TOKEN, "n" * 26
-        try:
-            self.start_service(SLASH_TOKEN=f"brandnew {SLASH_TOKEN}")
-            self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
-            self.eventually(self.mattermost.replies, "the reply")
-        finally:
-            BOT_TOKEN = old
-        self.start_service(SLASH_TOKEN="brandnew")
+        self.mattermost.bot_token = "new" + BOT_TOKEN
+        self.start_service(BOT_TOKEN="new" + BOT_TOKEN, SLASH_TOKEN=f"brandnew {SLASH_TOKEN}")
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.eventually(self.mattermost.replies, "the reply")
+        self.start_service(BOT_TOKEN="new" + BOT_TOKEN, SLASH_TOKEN="brandnew")
         self.assert_refused(self.mattermost.submit_dialog(answers_to()),
                             ticket_service.FORM_INVALID)
 
@@ -1686,10 +1682,10 @@ class ButtonTest(Case):
 
     def press(self, status, user=BOB, **changes):
         """Let a person press the button that leads to a status; return what they see."""
-        return self.mattermost.press(self.root["id"], STATUSES[status]["button"], user, **changes)
+        return self.mattermost.press(self.root["id"], STATUSES[status].button, user, **changes)
 
     def action(self, status):
-        return self.mattermost.buttons(self.root["id"])[STATUSES[status]["button"]]
+        return self.mattermost.buttons(self.root["id"])[STATUSES[status].button]
 
     def context(self, status):
         return self.action(status)["integration"]["context"]
@@ -1700,18 +1696,18 @@ class ButtonTest(Case):
 
     def assert_status(self, status, user):
         """Check all that a ticket with a status shows."""
-        line = STATUSES[status]["line"].format(user_name=USERS[user])
-        self.assertEqual(self.root["message"], self.message.replace(OPEN["line"], line))
-        self.assertIn(STATUSES[status]["tag"], self.root["hashtags"].split())
+        line = STATUSES[status].line.format(user_name=USERS[user])
+        self.assertEqual(self.root["message"], self.message.replace(OPEN.line, line))
+        self.assertIn(STATUSES[status].tag, self.root["hashtags"].split())
         ticket = self.root["props"]["ticket"]
         self.assertEqual((ticket["status"], ticket["status_by"]), (status, USERS[user]))
         self.assertAlmostEqual(ticket["status_at"], time.time() * 1000, delta=60_000)
         self.assertEqual(ticket["answers"], answers_to())
         self.assertIs(self.root["props"]["is_ticket"], True)
         [attachment] = self.root["props"]["attachments"]
-        self.assertEqual(attachment["color"], STATUSES[status]["color"])
+        self.assertEqual(attachment["color"], STATUSES[status].color)
         self.assertEqual([action["name"] for action in attachment["actions"]],
-                         [STATUSES[next_one]["button"] for next_one in STATUSES[status]["buttons"]])
+                         [STATUSES[next_one].button for next_one in STATUSES[status].leads_to])
 
     def assert_unchanged(self, seen, sentence):
         self.assertEqual(seen, sentence)
@@ -1722,24 +1718,24 @@ class ButtonTest(Case):
         self.assert_status("open", ALICE)
         people, news, walked, chance = itertools.cycle((BOB, ALICE)), [], set(), random.Random(1)
         status = "open"
-        while any((one, to) not in walked for one in STATUSES for to in STATUSES[one]["buttons"]):
+        while any((one, to) not in walked for one in STATUSES for to in STATUSES[one].leads_to):
             user = next(people)
-            wanted = chance.choice(STATUSES[status]["buttons"])
+            wanted = chance.choice(STATUSES[status].leads_to)
             walked.add((status, wanted))
             self.assertEqual(self.press(wanted, user), "")
             self.assert_status(wanted, user)
-            news.append(STATUSES[wanted]["reply"].format(user_name=USERS[user]))
+            news.append(STATUSES[wanted].reply.format(user_name=USERS[user]))
             self.eventually(lambda: self.news() == news, "the reply")
             self.assert_logged(f"INFO ticket=.* status={wanted} user={USERS[user]}")
             status = wanted
 
     def test_only_who_takes_a_ticket_is_mentioned(self):
         for status, texts in STATUSES.items():
-            self.assertEqual("@" in texts["reply"], status == "taken")
+            self.assertEqual("@" in texts.reply, status == "taken")
 
     def test_20_presses_at_once_make_one_change_and_one_reply(self):
         presses = [(status, user, self.action(status)) for user in (ALICE, BOB)
-                   for status in OPEN["buttons"]] * 5
+                   for status in OPEN.leads_to] * 5
         seen = []
         self.mattermost.script("GET /posts/", *[slow(0.02)] * 5)
 
@@ -1750,31 +1746,31 @@ class ButtonTest(Case):
         in_threads(20, press)
         self.eventually(self.news, "the reply")
         [(status, user)] = {(status, user) for text, status, user in seen if not text}
-        already = STATUSES[status]["already"].format(user_name=USERS[user])
+        already = STATUSES[status].already.format(user_name=USERS[user])
         self.assertEqual(sorted(text for text, *_ in seen), [""] + [already] * 19)
         self.assert_status(status, user)
         self.service.shutdown()
-        self.assertEqual(self.news(), [STATUSES[status]["reply"].format(user_name=USERS[user])])
+        self.assertEqual(self.news(), [STATUSES[status].reply.format(user_name=USERS[user])])
 
     def test_a_button_that_is_no_longer_true_changes_nothing(self):
         old = self.action("closed")
         self.press("taken")
         self.start_service()  # which remembers nothing: the post says so
         seen = self.press("closed", ALICE, action=old)
-        self.assertEqual(seen, STATUSES["taken"]["already"].format(user_name="bob"))
+        self.assertEqual(seen, STATUSES["taken"].already.format(user_name="bob"))
         self.assert_status("taken", BOB)
         self.press("closed")
         self.eventually(lambda: len(self.news()) == 2, "the reply")
         self.press("open")
         self.eventually(lambda: len(self.news()) == 3, "the reply")
         seen = self.press("closed", ALICE, action=old)
-        self.assertEqual(seen, OPEN["already"].format(user_name="bob"))
+        self.assertEqual(seen, OPEN.already.format(user_name="bob"))
         self.assert_status("open", BOB)
 
     def test_who_has_a_ticket_does_not_take_it_again_but_somebody_else_may(self):
         self.press("taken")
         self.eventually(self.news, "the reply")
-        self.assertEqual(self.press("taken"), STATUSES["taken"]["already"].format(user_name="bob"))
+        self.assertEqual(self.press("taken"), STATUSES["taken"].already.format(user_name="bob"))
         self.assertEqual(len(self.news()), 1)
         self.assertEqual(self.press("taken", ALICE), "")
         self.assert_status("taken", ALICE)
@@ -1784,14 +1780,14 @@ class ButtonTest(Case):
         self.service.desk.presses.shown_within = 0.1
         self.assertEqual(self.press("closed"), "")
         self.assertEqual(self.press("closed", ALICE),
-                         STATUSES["closed"]["already"].format(user_name="bob"))
+                         STATUSES["closed"].already.format(user_name="bob"))
         self.assert_logged("WARNING ticket=.* did not become closed by user=bob")
         self.assertEqual(self.news(), [])
         self.mattermost.update_post = update
         self.assertEqual(self.press("closed", ALICE), "")
         self.assert_status("closed", ALICE)
         self.eventually(self.news, "the reply")
-        self.assertEqual(self.news(), [STATUSES["closed"]["reply"].format(user_name="alice")])
+        self.assertEqual(self.news(), [STATUSES["closed"].reply.format(user_name="alice")])
 
     def test_a_change_that_mattermost_makes_late_is_waited_for(self):
         update = self.mattermost.update_post
@@ -1810,9 +1806,9 @@ class ButtonTest(Case):
         self.assert_status("closed", BOB)
 
     def test_what_an_admin_edited_stays(self):
-        line = STATUSES["closed"]["line"].format(user_name="bob")
+        line = STATUSES["closed"].line.format(user_name="bob")
         for edited, expected in (
-                (f"**Status:** #typed\nedited\n{OPEN['line']} by hand\nbelow",
+                (f"**Status:** #typed\nedited\n{OPEN.line} by hand\nbelow",
                  f"**Status:** #typed\nedited\n{line}\nbelow"),
                 ("all is gone", f"all is gone\n{line}"),
                 ("first\n\\1 is typed", f"first\n{line}\n\\1 is typed")):
@@ -1825,18 +1821,13 @@ class ButtonTest(Case):
                 self.eventually(lambda: not len(self.news()) % 2, "the reply")
 
     def test_the_buttons_outlive_a_new_bot_token_and_a_second_slash_token(self):
-        global BOT_TOKEN  # that the stand-in knows
-        old, BOT_TOKEN = BOT_TOKEN, "n" * 26
-        try:
-            self.start_service(SLASH_TOKEN=f"brandnew {SLASH_TOKEN}")
-            self.assertEqual(self.press("closed"), "")
-            self.assert_status("closed", BOB)
-            self.eventually(self.news, "the reply")
-            self.start_service(SLASH_TOKEN="brandnew")
-            self.assertEqual(self.press("open"), "")
-            self.service.shutdown()
-        finally:
-            BOT_TOKEN = old
+        self.mattermost.bot_token = "new" + BOT_TOKEN
+        self.start_service(BOT_TOKEN="new" + BOT_TOKEN, SLASH_TOKEN=f"brandnew {SLASH_TOKEN}")
+        self.assertEqual(self.press("closed"), "")
+        self.assert_status("closed", BOB)
+        self.eventually(self.news, "the reply")
+        self.start_service(BOT_TOKEN="new" + BOT_TOKEN, SLASH_TOKEN="brandnew")
+        self.assertEqual(self.press("open"), "")
 
     def test_a_button_that_is_not_ours_changes_nothing(self):
         _, _, dialog = self.mattermost.dialogs[0]
@@ -2489,8 +2480,8 @@ class FormTest(Case):
         [root] = self.mattermost.roots()
         self.assertGreater(len(root["message"]), 7000)
         for status in ("taken", "closed"):
-            self.assertEqual(self.mattermost.press(root["id"], STATUSES[status]["button"]), "")
-            self.assertIn(STATUSES[status]["tag"], root["hashtags"])
+            self.assertEqual(self.mattermost.press(root["id"], STATUSES[status].button), "")
+            self.assertIn(STATUSES[status].tag, root["hashtags"])
             self.eventually(lambda: root["props"]["ticket"]["status"] == status)
 
     def test_numbers_and_booleans_may_arrive_as_texts_and_blanks_as_anything(self):
@@ -2581,12 +2572,12 @@ class FormTest(Case):
             map("".join, itertools.permutations("abcdef", 4)), 180))
         for name in ("area", "code"):
             self.assertEqual(self.file({**GOOD, name: lines[:3000]}), {})
-            self.assertIn(OPEN["tag"], self.mattermost.roots()[-1]["hashtags"].split())
-        tags = [status["tag"] for status in STATUSES.values()]
+            self.assertIn(OPEN.tag, self.mattermost.roots()[-1]["hashtags"].split())
+        tags = [status.tag for status in STATUSES.values()]
         typed = " ".join([*tags, "#Ticket-Closed.", "(#ticket-taken)", "`#ticket-closed`"])
         self.assertEqual(self.file({**GOOD, "area": typed, "code": typed, "tel": tags[-1]}), {})
         root = self.mattermost.roots()[-1]
-        self.assertEqual(root["hashtags"], f"#{root['props']['ticket_id']} {OPEN['tag']}")
+        self.assertEqual(root["hashtags"], f"#{root['props']['ticket_id']} {OPEN.tag}")
         free = "#Ticket-20261123-7K3F #ticket-closedown #ticket-openssl #ticket-taken-over"
         self.assert_shown(free, free)
 
@@ -3079,8 +3070,8 @@ class FilesTest(unittest.TestCase):
 
     def test_the_health_command_is_one_that_exists(self):
         for command in re.findall(r"(?m)^Health(?:Startup)?Cmd=(.*)", self.unit):
-            python, path, option = json.loads(command)
-            self.assertEqual(json.dumps([python, path]), re.search(
+            *program, option = json.loads(command)
+            self.assertEqual(json.dumps(program), re.search(
                 r"(?m)^ENTRYPOINT (.*)", self.containerfile)[1])
             self.assertEqual(option, "--health")
 
@@ -3541,7 +3532,7 @@ class DemoTest(Case):
                 while line := stream.readline():
                     if line.startswith(b"data: ") and condition(state := json.loads(line[6:])):
                         return state
-                self.fail("the stream has ended")
+                return self.fail("the stream has ended")
 
             with stream:
                 yield wait_for
@@ -3557,8 +3548,8 @@ class DemoTest(Case):
 
     def test_a_ticket_is_filed_closed_and_seen_by_others(self):
         def shown_as(status):
-            return [{"color": STATUSES[status]["color"],
-                     "buttons": [STATUSES[to]["button"] for to in STATUSES[status]["buttons"]]}]
+            return [{"color": STATUSES[status].color,
+                     "buttons": [STATUSES[to].button for to in STATUSES[status].leads_to]}]
 
         with self.events() as alice, self.events("bob") as bob:
             self.assertEqual(self.ask("say", text="/ticket disk is full"), {"complaint": ""})
@@ -3576,7 +3567,7 @@ class DemoTest(Case):
             for number, (user, status) in enumerate(
                     (("alice", "taken"), ("bob", "taken"), ("bob", "closed")), 4):
                 self.assertEqual(root["attachments"], shown)
-                self.ask("press", user=user, post=root["id"], button=STATUSES[status]["button"])
+                self.ask("press", user=user, post=root["id"], button=STATUSES[status].button)
                 state = bob(lambda state, number=number: len(state["posts"]) == number)
                 root, shown = state["posts"][0], shown_as(status)
             self.assertEqual(root["attachments"], shown)

@@ -21,7 +21,6 @@ import argparse
 import base64
 import collections
 import contextlib
-import email.utils
 import functools
 import hashlib
 import hmac
@@ -92,33 +91,44 @@ FORM = {
     ],
 }
 
-# What a ticket can be: its words (`tag` is what people search for), the buttons that lead on from
-# it, by the status they lead to, and the colour of the bar beside them.
+
+class Status(NamedTuple):
+    """What a ticket can be, and how a ticket says so."""
+
+    tag: str  # what people search for
+    line: str  # of the ticket; holds the tag
+    leads_to: tuple  # statuses, each by a button
+    color: str  # of the bar beside these buttons
+    button: str  # that leads here
+    reply: str  # in the thread, when it has led here; a mention makes somebody follow it
+    already: str  # for somebody whose button came too late
+
+
 STATUSES = {
-    "open": {
-        "tag": "#ticket-open",
-        "line": "**Status:** #ticket-open",
-        "buttons": ("taken", "closed"), "color": "#1C58D9",
-        "button": "Reopen",
-        "reply": "{user_name} reopened this ticket.",
-        "already": "This ticket is already reopened by @{user_name}.",
-    },
-    "taken": {
-        "tag": "#ticket-taken",
-        "line": "**Status:** #ticket-taken by @{user_name}",
-        "buttons": ("taken", "closed"), "color": "#FFBC1F",
-        "button": "Take",
-        "reply": "@{user_name} takes care of this ticket.",  # a mention: who takes it follows it
-        "already": "This ticket is already taken by @{user_name}.",
-    },
-    "closed": {
-        "tag": "#ticket-closed",
-        "line": "**Status:** #ticket-closed by @{user_name}",
-        "buttons": ("open",), "color": "#AEB4C0",
-        "button": "Close",
-        "reply": "{user_name} closed this ticket.",
-        "already": "This ticket is already closed by @{user_name}.",
-    },
+    "open": Status(
+        tag="#ticket-open",
+        line="**Status:** #ticket-open",
+        leads_to=("taken", "closed"),
+        color="#1C58D9",
+        button="Reopen",
+        reply="{user_name} reopened this ticket.",
+        already="This ticket is already reopened by @{user_name}."),
+    "taken": Status(
+        tag="#ticket-taken",
+        line="**Status:** #ticket-taken by @{user_name}",
+        leads_to=("taken", "closed"),  # from somebody else
+        color="#FFBC1F",
+        button="Take",
+        reply="@{user_name} takes care of this ticket.",
+        already="This ticket is already taken by @{user_name}."),
+    "closed": Status(
+        tag="#ticket-closed",
+        line="**Status:** #ticket-closed by @{user_name}",
+        leads_to=("open",),
+        color="#AEB4C0",
+        button="Close",
+        reply="{user_name} closed this ticket.",
+        already="This ticket is already closed by @{user_name}."),
 }
 
 YES, NO = "yes", "no"
@@ -228,7 +238,7 @@ UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud80
 JSON = json.JSONEncoder(ensure_ascii=False)
 
 JOINER = "\u2060"  # invisible; Mattermost sees no mention, image or hashtag where it stands
-TAG_NAMES = "|".join(status["tag"][1:] for status in STATUSES.values())
+TAG_NAMES = "|".join(status.tag[1:] for status in STATUSES.values())
 STATUS_TAG = re.compile(rf"#(?=(?:{TAG_NAMES})(?![-_.]*[^\W_]))", re.IGNORECASE)
 CHANNEL_MENTION = r"(?<![^\W_])@(?=(?:all|channel|here)(?![^\W_]))"
 # What makes an image of ![…]: what follows the brackets, which are read as Mattermost's web
@@ -240,12 +250,12 @@ UNSAFE = re.compile(f"{CHANNEL_MENTION}|{IMAGE}", re.IGNORECASE | re.DOTALL)
 DEFINITION = re.compile(r"^[ >]*\[[^\]]+\]:", re.MULTILINE)
 PERHAPS_UNSAFE = re.compile(rf"{CHANNEL_MENTION}|!(?=\[)", re.IGNORECASE)
 FENCED = re.compile(r"^(`{3,}|~{3,})[\w.+-]*\n(?:(?!.*\1).*\n)*\1$", re.MULTILINE)
-TABLE = re.compile(r"^[|: ]*-[-|: ]*$", re.MULTILINE)
 INLINE_CODE = re.compile(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)")
-# Prose that begins and ends nothing outside itself: links, emphasis, snake_case, bullets.
+# Prose that begins and ends nothing outside itself: links, emphasis, snake_case, bullets. What is
+# left may begin or end in code, for some reader of Markdown.
 COMPLETE = re.compile(
     r"\[[^][]*\](?:\([^()]*\)|(?!\())|(\*\*?|__?|~~)(?=\S)[^*_~]+\1|(?<=\w)_(?=\w)|^\s*[*+-] ")
-LOOSE = re.compile(r"[][`<*_~]|\\$|(?:://|www\.)\S*$", re.IGNORECASE)
+LOOSE = re.compile(r"[][`<|*_~]|\\$|(?:://|www\.)\S*$", re.IGNORECASE)
 
 
 def json_bytes(value):
@@ -292,13 +302,10 @@ def inline_code_in(text, start, end):
     Only where all readers of Markdown see it: not if something that began before it in the same
     paragraph may end in it, or begin in it and end after it.
     """
-    if TABLE.search(text, start, end):
-        return
     sure = True
     for line in text[start:end].split("\n"):
-        prose = INLINE_CODE.split(line)[::2]
-        sure = ((sure or not line.strip())
-                and not any(LOOSE.search(COMPLETE.sub("", part)) for part in prose))
+        prose = [COMPLETE.sub("", part) for part in INLINE_CODE.split(line)[::2]]
+        sure = (sure or not line.strip()) and not any(map(LOOSE.search, prose))
         if sure:
             for code in INLINE_CODE.finditer(line):
                 yield start + code.start(), start + code.end()
@@ -406,6 +413,14 @@ class Element:
             return None, None if self.element.get("optional") else REQUIRED
         return self.accept(text)
 
+    def accept(self, text):
+        """Return the answer in a text that is not empty, and what is wrong with it, or None."""
+        raise NotImplementedError
+
+    def lines(self, answer):
+        """Return what a ticket says of an answer."""
+        raise NotImplementedError
+
 
 class Text(Element):
     """A line of text, which a ticket shows as inline code."""
@@ -420,7 +435,6 @@ class Text(Element):
         self.most = element.get("max_length") or self.longest
 
     def problems(self):
-        """Yield what is wrong with the element, but for its keys."""
         yield from super().problems()
         if self.element.get("subtype", "") not in SUBTYPES:
             yield f"subtype must be one of {', '.join(SUBTYPES[1:])}"
@@ -428,7 +442,6 @@ class Text(Element):
             yield f"min_length must not be more than max_length, {self.most}"
 
     def accept(self, text):
-        """Return the answer in what was typed, and what is wrong with it."""
         subtype = self.element.get("subtype")
         problem = None
         if len(text) < self.least:
@@ -444,7 +457,6 @@ class Text(Element):
         return text, problem
 
     def lines(self, answer):
-        """Return what a ticket says of an answer."""
         return f"{self.label} {inline_code(untagged(answer.replace(chr(10), ' ')))}\n"
 
 
@@ -456,11 +468,9 @@ class Textarea(Text):
     longest = 3000
 
     def for_mattermost(self):
-        """Return the element as Mattermost knows it."""
         return {key: value for key, value in self.element.items() if key != "code"}
 
     def lines(self, answer):
-        """Return what a ticket says of an answer."""
         if self.element.get("code"):
             return f"{self.label}\n{fenced(untagged(answer))}\n"
         return f"{self.label}\n{block_quote(untagged(harmless(answer)))}"
@@ -475,7 +485,6 @@ class Select(Element):
                    "mention": (str, 0, LONG_BYTES)}
 
     def problems(self):
-        """Yield what is wrong with the element, but for its keys."""
         values = set()
         for number, option in enumerate(self.element.get("options", []), 1):
             if not isinstance(option, dict):
@@ -491,20 +500,17 @@ class Select(Element):
             yield f"default {self.element['default']!r} is not the value of an option"
 
     def for_mattermost(self):
-        """Return the element as Mattermost knows it."""
         options = [{"text": option["text"], "value": option["value"]}
                    for option in self.element["options"]]
         return {**self.element, "options": options}
 
     def accept(self, text):
-        """Return the answer in what was chosen, and what is wrong with it."""
         for option in self.element["options"]:
             if clean(option["value"]) == text:
                 return option["value"], None
         return None, NOT_AN_OPTION
 
     def lines(self, answer):
-        """Return what a ticket says of an answer."""
         option = next(one for one in self.element["options"] if one["value"] == answer)
         mention = f" {option['mention']}" if "mention" in option else ""
         return f"{self.label} {inline_code(option['text'])}{mention}\n"
@@ -516,14 +522,12 @@ class Bool(Element):
     nothing = "false"
 
     def accept(self, text):
-        """Return whether the box was ticked, and what is wrong with that."""
         if text.lower() not in ("true", "false"):
             return None, NOT_AN_OPTION
         ticked = text.lower() == "true"
         return ticked, None if ticked or self.element.get("optional") else NOT_TICKED
 
     def lines(self, answer):
-        """Return what a ticket says of an answer."""
         return f"{self.label} `{YES if answer else NO}`\n"
 
 
@@ -646,30 +650,17 @@ def read_form(path):
         raise ValueError("is nested too deeply") from error
 
 
-def read_url(text):
-    """Return an http or https URL, without a slash at its end."""
+def read_url(text, below):
+    """Return an http or https URL without a slash at its end, and without what we put below it."""
     url = urllib.parse.urlsplit(text)
     if not PRINTABLE.fullmatch(text) or url.scheme not in ("http", "https") or not url.hostname:
         raise ValueError("must be a URL such as https://host or http://host:8080/path, no quotes")
     if url.port == 0 or any(mark in text for mark in "@?#\"'"):
         raise ValueError("must be a URL without user name, query, fragment and quotes")
-    return text.rstrip("/")
-
-
-def read_mattermost_url(text):
-    """Return where Mattermost is; its API is below that."""
-    url = read_url(text)
-    if url.endswith("/api/v4"):
-        raise ValueError("must be the address of Mattermost itself, without /api/v4")
-    return url
-
-
-def read_callback_url(text):
-    """Return where this service is for Mattermost; its routes are below that."""
-    url = read_url(text)
-    if url.endswith("/ticket"):
-        raise ValueError("must be the address of the service itself, without /ticket")
-    return url
+    text = text.rstrip("/")
+    if text.endswith(below):
+        raise ValueError(f"must not end in {below}: that is added")
+    return text
 
 
 def read_token(text):
@@ -721,7 +712,7 @@ class Setting(NamedTuple):
 SETTINGS = {
     "MATTERMOST_URL": Setting(
         "where this service reaches Mattermost: https://mattermost.example.com",
-        read_mattermost_url, in_file=True),
+        functools.partial(read_url, below="/api/v4"), in_file=True),
     "BOT_TOKEN": Setting(
         "access token of the bot account", read_token, in_file=True),
     "SLASH_TOKEN": Setting(
@@ -729,7 +720,7 @@ SETTINGS = {
         read_tokens, in_file=True),
     "CALLBACK_URL": Setting(
         "where Mattermost reaches this service: http://tickets.example.com:8080",
-        read_callback_url, in_file=True),
+        functools.partial(read_url, below="/ticket"), in_file=True),
     "PORT": Setting(
         "port to listen on; default 8080", read_port, 8080),
     "HOST": Setting(
@@ -808,7 +799,7 @@ class Settings:
     @classmethod
     def from_environment(cls, environ):
         """Return the settings in a mapping; raise SettingsError with all that is wrong in it."""
-        problems = []
+        problems: list[str] = []
 
         def attempt(name, work, *details):
             try:
@@ -977,9 +968,9 @@ class Press:
 
 MESSAGE_LIMIT = 16383  # characters in a post
 LONGEST_USER_NAME = "x" * 64
-STATUS_LINE = re.compile("^(?:%s)(?![\\w-]).*$" % "|".join(
-    re.escape("".join(status["line"].partition(status["tag"])[:2]))
-    for status in STATUSES.values()), re.MULTILINE)
+STATUS_LINE_BEGINS = "|".join(
+    re.escape("".join(status.line.partition(status.tag)[:2])) for status in STATUSES.values())
+STATUS_LINE = re.compile(rf"^(?:{STATUS_LINE_BEGINS})(?![\w-]).*$", re.MULTILINE)
 
 
 def milliseconds():
@@ -1015,7 +1006,7 @@ def not_changed(sentence, _):
 
 def status_line(status, user_name):
     """Return the line of a ticket that says what has become of it."""
-    return STATUSES[status]["line"].format(user_name=user_name)
+    return STATUSES[status].line.format(user_name=user_name)
 
 
 def ticket_message(ticket_id, user_name, form, answers, thread_link=""):
@@ -1052,10 +1043,10 @@ def attachments(status, url, sign):
 
     What sign(wanted) returns comes back with a press; Mattermost shows it to nobody.
     """
-    actions = [{"id": wanted, "name": STATUSES[wanted]["button"], "type": "button",
+    actions = [{"id": wanted, "name": STATUSES[wanted].button, "type": "button",
                 "integration": {"url": url, "context": {"signed": sign(wanted)}}}
-               for wanted in STATUSES[status]["buttons"]]
-    return [{"color": STATUSES[status]["color"], "actions": actions}]
+               for wanted in STATUSES[status].leads_to]
+    return [{"color": STATUSES[status].color, "actions": actions}]
 
 
 def new_post(channel_id, message, pending_post_id, root_id="", **props):
@@ -1303,26 +1294,25 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     def __init__(self, context, proxied):
         super().__init__(context=context)
         self.proxied = proxied
-        self.idle = collections.deque()
+        self.idle: collections.deque = collections.deque()
 
-    def do_open(self, connection_class, request, **details):
+    def do_open(self, http_class, req, **http_conn_args):
         """Return the answer, read to its end; urllib's own do_open() leaves that to the caller."""
         def new_connection(host, **more):
-            connection = connection_class(host, **more)
+            connection = http_class(host, **more)
             connection.response_class = TimedResponse
             return connection
 
         if self.proxied:
-            return Answer.whole(super().do_open(new_connection, request, **details))
+            return Answer.whole(super().do_open(new_connection, req, **http_conn_args))
         if kept := self.take():
             try:
-                return self.exchange(kept, request)
+                return self.exchange(kept, req)
             except TimeoutError:
                 raise
             except (OSError, http.client.HTTPException) as error:
                 log.debug("a kept connection had died: %r", error)
-        return self.exchange(new_connection(request.host, timeout=request.timeout, **details),
-                             request)
+        return self.exchange(new_connection(req.host, timeout=req.timeout, **http_conn_args), req)
 
     def exchange(self, connection, request):
         """Send a request, return its answer, and keep the connection if the other side does."""
@@ -1605,11 +1595,12 @@ class Channels:
             memberships = [me, member]
             if channel.get("team_id"):  # a group message has none
                 memberships.append(self.mattermost.get_my_team_member(channel["team_id"]))
-            names = [membership["roles"].split() for membership in memberships]
+            if not all(membership["roles"] for membership in memberships):
+                return True
+            names = " ".join(membership["roles"] for membership in memberships).split()
             known = {role["name"]: role["permissions"]
-                     for role in self.mattermost.get_roles_by_names(sum(names, []))}
-            return not all(names) or any(
-                needed.intersection(known[name]) for name in sum(names, []))
+                     for role in self.mattermost.get_roles_by_names(names)}
+            return any(needed.intersection(known[name]) for name in names)
         except (MattermostError, LookupError, TypeError, AttributeError) as error:
             log.debug("the bot's roles can't be read: %r", error)
             return True
@@ -1712,8 +1703,8 @@ class Presses:
 
     def on_press(self, press):
         """Give a ticket another status; yield the answer to the button, then tell the thread."""
-        fields = self.seal.open("action", press.signed) or ()
-        if len(fields) != 3 or not (press.user_name and press.post_id):
+        fields = self.seal.open("action", press.signed)
+        if not (fields and len(fields) == 3 and press.user_name and press.post_id):
             raise Sorry(NOT_OUR_BUTTON)
         ticket_id, status_at, wanted = fields
         last = self.last.remember(ticket_id, LastPress())
@@ -1721,8 +1712,8 @@ class Presses:
             post = self.ticket(press.post_id, ticket_id)
             now = last.change or self.shown(post)
             same = wanted == "taken" and (now.status, now.status_by) == ("taken", press.user_name)
-            if now.status_at != status_at or same or wanted not in STATUSES[now.status]["buttons"]:
-                raise Sorry(STATUSES[now.status]["already"].format(user_name=now.status_by))
+            if now.status_at != status_at or same or wanted not in STATUSES[now.status].leads_to:
+                raise Sorry(STATUSES[now.status].already.format(user_name=now.status_by))
             change = Change(wanted, press.user_name, max(milliseconds(), status_at + 1))
             last.change = change
         try:
@@ -1774,7 +1765,7 @@ class Presses:
         try:
             self.channels.reply(
                 post["channel_id"], post["id"],
-                STATUSES[change.status]["reply"].format(user_name=change.status_by))
+                STATUSES[change.status].reply.format(user_name=change.status_by))
         except (Sorry, MattermostError) as error:
             log.warning("ticket=%s: the thread was not told: %s", ticket_id, error)
 
@@ -2133,12 +2124,6 @@ def body_length(head):
     return int(length)
 
 
-@functools.lru_cache(maxsize=1)
-def http_date(seconds):
-    """Return a time as HTTP writes it."""
-    return email.utils.formatdate(seconds, usegmt=True)
-
-
 @dataclass(slots=True, eq=False)
 class Connection:
     """A connection, and what has arrived of its only request."""
@@ -2161,10 +2146,6 @@ class Connection:
                 self.length = body_length(self.head)
         return self.head and len(self.received) >= self.head.size + self.length
 
-    def body(self):
-        """Return the body of a request that is whole."""
-        return bytes(self.received[self.head.size:self.head.size + self.length])
-
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Gives one answer to one request that is all here, or that is refused, and closes.
@@ -2173,8 +2154,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     POST on a connection that is just being closed.
     """
 
+    server: "Server"
     timeout = 10  # seconds for the answer, if the client does not read it
-    note = ""
+    note = ""  # for the log
 
     def setup(self):
         """Take the request from memory, where the server has put it."""
@@ -2201,7 +2183,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         deadline.ends = self.request.due
         said, reaction = None, ()
         try:
-            said = route.read(self.request.body(), self.server.desk.settings)
+            begin = self.request.head.size
+            body = bytes(self.request.received[begin:begin + self.request.length])
+            said = route.read(body, self.server.desk.settings)
             reaction = route.react(self.server.desk, said)
             answer = next(reaction)
         except Refused as refused:
@@ -2229,7 +2213,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json_bytes(payload)
         head = "\r\n".join((
             f"HTTP/1.1 {status} {self.responses[status][0]}",
-            f"Date: {http_date(int(time.time()))}",
+            f"Date: {self.date_time_string()}",
             "Content-Type: application/json",
             f"Content-Length: {len(body)}",
             "Connection: close",
@@ -2257,7 +2241,8 @@ class Threads:
 
     def __init__(self, most):
         self.most, self.threads = most, []
-        self.jobs, self.idle = queue.SimpleQueue(), threading.Semaphore(0)
+        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self.idle = threading.Semaphore(0)
 
     def run(self, work, *details):
         """Let an idle thread do some work, or a new one, or the next that is done."""
@@ -2286,13 +2271,14 @@ class Threads:
 
 def raised_file_limit():
     """Raise the soft limit of open files, which is often 1,024; return what it is then."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    soft, hard = (FILES if limit == resource.RLIM_INFINITY else limit
+                  for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    wanted = min(FILES, hard)
+    if soft < wanted:
         with contextlib.suppress(OSError, ValueError):  # macOS has a limit that it does not tell
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
-    return FILES if soft == resource.RLIM_INFINITY else soft
+            return wanted
+    return soft
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -2502,11 +2488,9 @@ def illness(url, tls=None):
     """Return why a URL is not that of a service that is well; "" if it is."""
     parts = urllib.parse.urlsplit(url + "/health")
     try:
-        if parts.scheme == "https":
-            connection = http.client.HTTPSConnection(
-                parts.hostname, parts.port, timeout=5, context=tls or tls_context(""))
-        else:
-            connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=5)
+        secure = {"context": tls or tls_context("")} if parts.scheme == "https" else {}
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        connection = kind(parts.hostname, parts.port, timeout=5, **secure)
         with contextlib.closing(connection):
             connection.request("GET", parts.path)
             answer = connection.getresponse()
