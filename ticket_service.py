@@ -234,9 +234,6 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029\u2424]")  # what Mattermost's clients break at
 UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
-# Without escapes: they would push a long ticket over Mattermost's limit of 300,000 bytes.
-JSON = json.JSONEncoder(ensure_ascii=False)
-
 JOINER = "\u2060"  # invisible; Mattermost sees no mention, image or hashtag where it stands
 TAG_NAMES = "|".join(status.tag[1:] for status in STATUSES.values())
 STATUS_TAG = re.compile(rf"#(?=(?:{TAG_NAMES})(?![-_.]*[^\W_]))", re.IGNORECASE)
@@ -250,17 +247,13 @@ UNSAFE = re.compile(f"{CHANNEL_MENTION}|{IMAGE}", re.IGNORECASE | re.DOTALL)
 DEFINITION = re.compile(r"^[ >]*\[[^\]]+\]:", re.MULTILINE)
 PERHAPS_UNSAFE = re.compile(rf"{CHANNEL_MENTION}|!(?=\[)", re.IGNORECASE)
 FENCED = re.compile(r"^(`{3,}|~{3,})[\w.+-]*\n(?:(?!.*\1).*\n)*\1$", re.MULTILINE)
+TABLE = re.compile(r"^(?=.*\|)[ |:-]*-[ |:-]*$", re.MULTILINE)
 INLINE_CODE = re.compile(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)")
 # Prose that begins and ends nothing outside itself: links, emphasis, snake_case, bullets. What is
 # left may begin or end in code, for some reader of Markdown.
 COMPLETE = re.compile(
     r"\[[^][]*\](?:\([^()]*\)|(?!\())|(\*\*?|__?|~~)(?=\S)[^*_~]+\1|(?<=\w)_(?=\w)|^\s*[*+-] ")
 LOOSE = re.compile(r"[][`<|*_~]|\\$|(?:://|www\.)\S*$", re.IGNORECASE)
-
-
-def json_bytes(value):
-    """Return JSON in UTF-8."""
-    return JSON.encode(value).encode("utf-8", "replace")
 
 
 def clean(text):
@@ -302,11 +295,12 @@ def inline_code_in(text, start, end):
     Only where all readers of Markdown see it: not if something that began before it in the same
     paragraph may end in it, or begin in it and end after it.
     """
+    table = TABLE.search(text, start, end)  # its cells may begin and end in code
     sure = True
     for line in text[start:end].split("\n"):
         prose = [COMPLETE.sub("", part) for part in INLINE_CODE.split(line)[::2]]
         sure = (sure or not line.strip()) and not any(map(LOOSE.search, prose))
-        if sure:
+        if sure and not table:
             for code in INLINE_CODE.finditer(line):
                 yield start + code.start(), start + code.end()
         start += len(line) + 1
@@ -966,11 +960,18 @@ class Press:
 
 # ------------------------------------------------- 5. Writing: what we say to Mattermost
 
+# Without escapes: they would push a long ticket over Mattermost's limit of 300,000 bytes.
+JSON = json.JSONEncoder(ensure_ascii=False)
 MESSAGE_LIMIT = 16383  # characters in a post
 LONGEST_USER_NAME = "x" * 64
 STATUS_LINE_BEGINS = "|".join(
     re.escape("".join(status.line.partition(status.tag)[:2])) for status in STATUSES.values())
 STATUS_LINE = re.compile(rf"^(?:{STATUS_LINE_BEGINS})(?![\w-]).*$", re.MULTILINE)
+
+
+def json_bytes(value):
+    """Return JSON in UTF-8."""
+    return JSON.encode(value).encode("utf-8", "replace")
 
 
 def milliseconds():
