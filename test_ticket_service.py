@@ -26,7 +26,6 @@ import logging
 import os
 import random
 import re
-import secrets
 import select
 import signal
 import socket
@@ -156,7 +155,7 @@ class Case(unittest.TestCase):
         settings = ticket_service.Settings.from_environment(self.settings(**changes))
         desk = ticket_service.Desk(settings)
         server = ticket_service.Server(desk, settings.host, settings.port)
-        desk.wait_at_stop, desk.mattermost.pause, server.stop_within = 0, 0.02, 0.2
+        desk.wait_at_stop, desk.mattermost.pause, server.stop_within = 0, 0.01, 0.1
         desk.presses.first_look, desk.presses.shown_within = 0.005, 0.2
         thread = threading.Thread(target=server.serve_forever, args=(0.002,))
         thread.start()
@@ -183,10 +182,10 @@ class Case(unittest.TestCase):
     def assert_nothing_private_logged(self):
         private = [BOT_TOKEN, SLASH_TOKEN, "typed", "hookhookhook", *self.mattermost.hooks]
         private += [dialog.get("state", "-") for _, _, dialog in self.mattermost.dialogs]
-        for line in self.log.lines:
-            for text in private:
-                self.assertNotIn(text, line)
-            self.assertNotRegex(line, "[\x00-\x08\x0b-\x1f]")
+        lines = "\n".join(self.log.lines)
+        for text in private:
+            self.assertNotIn(text, lines)
+        self.assertNotRegex(lines, "[\x00-\x08\x0b-\x1f]")
 
     def post(self, path, body):
         """Return status, JSON and headers of the answer to a POST that is not Mattermost's."""
@@ -291,17 +290,17 @@ class TicketTest(Case):
 10.0.0.4:443
 ```""")
 
-    def test_60_tickets_from_20_threads_have_60_ids(self):
-        for _ in range(60):
+    def test_40_tickets_from_20_threads_have_40_ids(self):
+        for _ in range(40):
             self.assertEqual(self.mattermost.run_command(), "")
 
-        def submit_three(thread):
-            for number in range(3 * thread, 3 * thread + 3):
+        def submit_two(thread):
+            for number in (2 * thread, 2 * thread + 1):
                 self.assertEqual(self.mattermost.submit_dialog(answers_to(), number), {})
 
-        in_threads(20, submit_three)
+        in_threads(20, submit_two)
         ids = [root["props"]["ticket_id"] for root in self.mattermost.roots()]
-        self.assertEqual((len(ids), len(set(ids))), (60, 60))
+        self.assertEqual((len(ids), len(set(ids))), (40, 40))
         for ticket_id in ids:
             self.assertRegex(ticket_id, TICKET_ID)
 
@@ -468,7 +467,7 @@ RECORDED = {
 
 def new_id():
     """Return an ID as Mattermost makes them."""
-    return "".join(secrets.choice("ybndrfg8ejkmcpqxot1uwisza345h769") for _ in range(26))
+    return "".join(random.choices("ybndrfg8ejkmcpqxot1uwisza345h769", k=26))
 
 
 def is_call(wanted, call):
@@ -1463,7 +1462,7 @@ class SubmissionTest(Case):
     def test_a_ticket_is_found_in_a_busy_channel_and_gets_no_second_first_reply(self):
         self.file()
         self.eventually(self.mattermost.replies, "the reply")
-        for _ in range(500):
+        for _ in range(250):
             self.mattermost.create_post({
                 "channel_id": HELPDESK, "message": "news", "pending_post_id": new_id(),
                 "props": {"attachments": []}})
@@ -1556,7 +1555,7 @@ class SubmissionTest(Case):
 
     def test_waiting_for_another_submission_of_the_same_dialog_counts_too(self):
         self.mattermost.run_command()
-        self.mattermost.script("POST /posts", slow(0.3))
+        self.mattermost.script("POST /posts", slow(0.2))
         first = threading.Thread(target=lambda: self.mattermost.submit_dialog(answers_to()))
         first.start()
         self.eventually(lambda: self.mattermost.made("POST /posts"), "the post")
@@ -1568,7 +1567,7 @@ class SubmissionTest(Case):
         self.assertEqual(len(self.mattermost.roots()), 1)
 
     def test_clients_that_reset_while_mattermost_is_slow_harm_nobody(self):
-        self.service.answer_within = 0.2
+        self.service.answer_within = 0.1
         for number in range(12):
             self.mattermost.run_command()
             self.mattermost.script("POST /posts", drips)
@@ -1579,7 +1578,7 @@ class SubmissionTest(Case):
                 connection.sendall(submission(body.encode()))
                 self.eventually(lambda: len(self.mattermost.made("POST /posts")) > number, "post")
                 resets(connection)
-        ends = time.monotonic() + 0.3
+        ends = time.monotonic() + 0.2
         while time.monotonic() < ends:
             self.assertEqual(self.health(), {"status": "ok"})
             time.sleep(0.05)
@@ -1795,7 +1794,7 @@ class ButtonTest(Case):
         self.mattermost.script("GET /posts/", slow(0), hangs_up, *[fails(503)] * 2)
 
         def later(*details):
-            timer = threading.Timer(0.1, update, details)
+            timer = threading.Timer(0.05, update, details)
             self.addCleanup(timer.join)
             timer.start()
 
@@ -2219,13 +2218,13 @@ class EdgeTest(Case):
         self.service.threads = ticket_service.Threads(2)
         for _ in range(4):
             self.mattermost.run_command()
-        self.mattermost.script("POST /posts", *[slow(0.1)] * 4)
+        self.mattermost.script("POST /posts", *[slow(0.05)] * 4)
         in_threads(4, lambda number: self.assertEqual(
             self.mattermost.submit_dialog(answers_to(), number), {}))
 
     def test_a_health_check_is_answered_even_if_all_threads_wait_for_mattermost(self):
         self.service.threads = ticket_service.Threads(1)
-        self.mattermost.script("POST /actions/", slow(0.2))
+        self.mattermost.script("POST /actions/", slow(0.1))
         waiting = threading.Thread(target=self.mattermost.run_command)
         waiting.start()
         self.eventually(lambda: self.mattermost.made("POST /actions/dialogs/open"), "the call")
@@ -2911,11 +2910,11 @@ class ProcessTest(Case):
 
     def test_health_asks_the_running_service(self):
         port = str(self.service.server_port)
-        for expected, number in ((0, port), (1, "9")):  # what a container's health check sees
-            done = subprocess.run([sys.executable, HERE / "ticket_service.py", "--health"],
-                                  env={"PORT": number, "http_proxy": "http://127.0.0.1:9"},
-                                  timeout=20, capture_output=True)
-            self.assertEqual(done.returncode, expected)
+        done = subprocess.run([sys.executable, HERE / "ticket_service.py", "--health"], timeout=20,
+                              env={"PORT": "9"}, capture_output=True)
+        self.assertEqual(done.returncode, 1)  # what a container's health check sees
+        os.environ["http_proxy"] = "http://127.0.0.1:9"
+        self.addCleanup(os.environ.pop, "http_proxy")
         for host in ("", "127.0.0.1", "0.0.0.0"):
             self.assertEqual(self.run_service("--health", HOST=host, PORT=port), (0, "", ""))
         for port in (str(self.mattermost.server_port), "9", "x"):
@@ -3033,13 +3032,13 @@ class ProcessTest(Case):
         for _ in range(2):
             service = self.start_service()
             service.desk.wait_at_stop = 1
-            for _ in range(3):  # the IDs of a quarter of a second
+            for _ in range(2):  # the IDs of a sixth of a second
                 self.file()
             service.shutdown()
             service.desk.close()
         ids = [root["props"]["ticket_id"] for root in self.mattermost.roots()]
         self.assertEqual(ids, sorted(set(ids)))
-        self.assertEqual(len(ids), 6)
+        self.assertEqual(len(ids), 4)
 
 
 # ------------------------------------------------------------------------- the files beside it

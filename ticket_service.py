@@ -759,13 +759,12 @@ def read_setting(environ, name):
 
 def tls_context(ca_file):
     """Return what verifies certificates; ssl itself says nothing when it has nobody to trust."""
-    context = ssl.create_default_context()
+    context = ssl.create_default_context(cafile=ca_file or None)
     # On by default from Python 3.13: it refuses private CAs that curl, Go and browsers accept.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     directory = ssl.get_default_verify_paths().capath
-    if ca_file:
-        context.load_verify_locations(ca_file)
-    elif not context.cert_store_stats()["x509"] and not (directory and os.listdir(directory)):
+    certificates = context.cert_store_stats()["x509"] or (directory and os.listdir(directory))
+    if not ca_file and not certificates:
         raise ValueError("is needed: this system has no CA certificates of its own")
     return context
 
