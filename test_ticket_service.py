@@ -2992,7 +2992,8 @@ class ProcessTest(Case):
                 (elsewhere, "https://tickets.test", False), (elsewhere, "http://localhost", True),
                 (elsewhere, "http://127.1.2.3", True), (elsewhere, "http://[::1]", True)):
             _, lines = self.check(MATTERMOST_URL=mattermost_url, CALLBACK_URL=callback_url)
-            self.assertEqual("CALLBACK_URL" in lines[0], warned, lines)
+            self.assertEqual(lines[0].startswith("warning CALLBACK_URL"), warned, lines)
+            self.assertTrue(any("note    CALLBACK_URL" in line for line in lines), lines)
 
     def test_a_running_service_is_asked_at_its_callback_url(self):
         port = self.service.server_port

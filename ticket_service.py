@@ -1377,7 +1377,8 @@ class Mattermost:
             proxy = ""
         self.asked = url.netloc  # for the log
         if proxy:
-            host = proxy.rpartition("/")[2].rpartition("@")[2]  # without name and password
+            host = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}").netloc
+            host = host.rpartition("@")[2]  # without name and password
             self.asked += f" (through the proxy {host}: is NO_PROXY meant?)"
         # With context=None, urllib would load all CA certificates even for http.
         self.connections = KeptConnections(
@@ -1593,8 +1594,8 @@ class Channels:
             "create_post"}
         try:
             memberships = [me, member]
-            if channel.get("team_id"):  # a group message has none
-                memberships.append(self.mattermost.get_my_team_member(channel["team_id"]))
+            if team_id := matching(ID, channel.get("team_id")):  # a group message has none
+                memberships.append(self.mattermost.get_my_team_member(team_id))
             if not all(membership["roles"] for membership in memberships):
                 return True
             names = " ".join(membership["roles"] for membership in memberships).split()
@@ -2508,12 +2509,13 @@ def callback_checks(settings, port):
         yield "warning", f"CALLBACK_URL: {url} is Mattermost's own machine"
     if parts.port and parts.port not in (settings.port, 80, 443):
         yield "warning", f"CALLBACK_URL: its port is {parts.port}, but PORT is {settings.port}"
-    if not illness(address_of(settings.host, port)):  # the service runs
-        if wrong := illness(url, settings.tls):
-            yield "warning", ("CALLBACK_URL: Mattermost must reach it; from here it does not "
-                              f"answer: {wrong}")
-        else:
-            yield "ok", "CALLBACK_URL: the service answers there, as seen from here"
+    if illness(address_of(settings.host, port)):
+        yield "note", "CALLBACK_URL: it can't be checked while the service does not run"
+    elif wrong := illness(url, settings.tls):
+        yield "warning", ("CALLBACK_URL: Mattermost must reach it; from here it does not answer: "
+                          f"{wrong}")
+    else:
+        yield "ok", "CALLBACK_URL: the service answers there, as seen from here"
 
 
 def mattermost_checks(desk):
