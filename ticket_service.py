@@ -279,11 +279,6 @@ def inline_code(text):
     return f"{ticks}{room}{text}{room}{ticks}"
 
 
-def block_quote(text):
-    """Return Markdown that quotes a text; without the empty line the quote would go on."""
-    return "".join(f"> {line}\n" for line in text.split("\n")) + "\n"
-
-
 def untagged(text):
     """Return a text that puts no ticket into a list of open, taken or closed ones."""
     return STATUS_TAG.sub(f"#{JOINER}", text)
@@ -323,10 +318,12 @@ def harmless(text):
 
     Nothing is changed in code: nothing can happen there, and people copy from it.
     """
-    code = {index for start, end in code_in(text) for index in range(start, end)}
     # To look for the end of each of very many images would take seconds.
     unsure = DEFINITION.search(text) or text.count("![") > 100
     unsafe = PERHAPS_UNSAFE if unsure else UNSAFE
+    if not unsafe.search(text):
+        return text
+    code = {index for start, end in code_in(text) for index in range(start, end)}
     return unsafe.sub(
         lambda match: match[0] if match.start() in code else match[0] + JOINER, text)
 
@@ -467,7 +464,9 @@ class Textarea(Text):
     def lines(self, answer):
         if self.element.get("code"):
             return f"{self.label}\n{fenced(untagged(answer))}\n"
-        return f"{self.label}\n{block_quote(untagged(harmless(answer)))}"
+        lines = untagged(harmless(answer)).split("\n")
+        quote = "".join(f"> {line}\n" for line in lines)
+        return f"{self.label}\n{quote}\n"  # without an empty line, the quote would go on
 
 
 class Select(Element):
@@ -729,27 +728,21 @@ SETTINGS = {
 }
 
 
-def setting_text(environ, name):
-    """Return a variable, or what is in the file that <name>_FILE names; "" if there is neither."""
-    text = environ.get(name, "").strip()
-    path = environ.get(f"{name}_FILE", "") if SETTINGS[name].in_file else ""
-    if not path:
-        return text
-    if text:
-        raise ValueError(f"is given twice: as {name} and as {name}_FILE")
-    try:
-        text = text_of_file(path, 100_000).strip()
-    except ValueError as error:
-        raise ValueError(f"of {name}_FILE: {error}") from error
-    if not text:
-        raise ValueError(f"of {name}_FILE: {path} is empty")
-    return text
-
-
 def read_setting(environ, name):
-    """Return the value of a setting; raise ValueError with what is wrong with it, a line each."""
-    setting = SETTINGS[name]
-    text = setting_text(environ, name)
+    """Return the value of a setting, from a variable or from the file that <name>_FILE names.
+
+    Raise ValueError with what is wrong with it, a line each.
+    """
+    setting, text = SETTINGS[name], environ.get(name, "").strip()
+    if setting.in_file and (path := environ.get(f"{name}_FILE")):
+        if text:
+            raise ValueError(f"is given twice: as {name} and as {name}_FILE")
+        try:
+            text = text_of_file(path, 100_000).strip()
+        except ValueError as error:
+            raise ValueError(f"of {name}_FILE: {error}") from error
+        if not text:
+            raise ValueError(f"of {name}_FILE: {path} is empty")
     if text:
         return setting.read(text)
     if setting.default is None:
@@ -962,7 +955,6 @@ class Press:
 # Without escapes: they would push a long ticket over Mattermost's limit of 300,000 bytes.
 JSON = json.JSONEncoder(ensure_ascii=False)
 MESSAGE_LIMIT = 16383  # characters in a post
-LONGEST_USER_NAME = "x" * 64
 STATUS_LINE_BEGINS = "|".join(
     re.escape("".join(status.line.partition(status.tag)[:2])) for status in STATUSES.values())
 STATUS_LINE = re.compile(rf"^(?:{STATUS_LINE_BEGINS})(?![\w-]).*$", re.MULTILINE)
@@ -1023,6 +1015,11 @@ def ticket_message(ticket_id, user_name, form, answers, thread_link=""):
     return "\n".join([*lines, form.lines(answers)]).rstrip("\n")
 
 
+# What the line may grow by: the longest user name has 64 characters.
+STATUS_ROOM = max(len(status_line(status, "x" * 64)) for status in STATUSES) - len(
+    status_line("open", ""))
+
+
 def with_status(message, status, user_name):
     """Return a ticket's message with another status line; what else was edited stays."""
     line = status_line(status, user_name)
@@ -1030,12 +1027,6 @@ def with_status(message, status, user_name):
         return message[:old.start()] + line + message[old.end():]
     first, end, rest = message.partition("\n")
     return f"{first}\n{line}{end}{rest}"
-
-
-def excess_of(message):
-    """Return by how many characters a ticket is too long, if it is to have any status."""
-    longest = max(len(with_status(message, status, LONGEST_USER_NAME)) for status in STATUSES)
-    return longest - MESSAGE_LIMIT
 
 
 def attachments(status, url, sign):
@@ -1367,7 +1358,7 @@ class Mattermost:
     pause = 0.5  # seconds before the second try
 
     def __init__(self, settings):
-        self.url = settings.mattermost_url
+        self.url, self.site_url = settings.mattermost_url, ""
         self.headers = {"Authorization": f"Bearer {settings.bot_token}",
                         "Content-Type": "application/json",
                         "User-Agent": "Mattermost-Ticket"}  # bot lists refuse Python-urllib
@@ -1434,6 +1425,16 @@ class Mattermost:
         if not isinstance(config.get("Version"), str):
             raise self.odd_answer()
         return config
+
+    def link(self, post_id):
+        """Return the address of a post, for people; raise nothing."""
+        if not self.site_url:
+            try:
+                site_url = str(self.get_client_config().get("SiteURL"))
+                self.site_url = site_url.rstrip("/") if site_url.startswith("http") else ""
+            except MattermostError as error:
+                log.warning("the site URL is not known: %s", error)
+        return f"{self.site_url or self.url}/_redirect/pl/{post_id}"
 
     def get_me(self):
         """Return the bot's user: `id`, `username`, `roles`, `is_bot`, …"""
@@ -1549,15 +1550,18 @@ class Channels:
         if channel_id in self.good:
             return
         try:
-            obstacle = self.obstacle(channel_id)
-            if obstacle:
-                sentence = CANT_POST[obstacle]["ticket channel" if self.ticket_channel else after]
-                raise Sorry(sentence.format(bot=self.mattermost.get_me().get("username")))
+            if obstacle := self.obstacle(channel_id):
+                bot = self.mattermost.get_me().get("username")
+                raise Sorry(CANT_POST[obstacle][self.key(after)].format(bot=bot))
             self.good.remember(channel_id, True)
         except MattermostError as error:
             if error.status == 401:
                 raise Sorry(BAD_TOKEN) from error
             log.warning("channel=%s could not be looked at: %s", channel_id, error)
+
+    def key(self, after):
+        """Return the key of the sentence in CANT_POST, after a "command" or a "submission"."""
+        return "ticket channel" if self.ticket_channel else after
 
     def obstacle(self, channel_id):
         """Return why the bot can't post in a channel, a key of CANT_POST; "" if it can, now."""
@@ -1633,6 +1637,16 @@ class Channels:
 def fingerprint(answers):
     """Return a number that is the same for the same answers."""
     return hash(json.dumps(answers, sort_keys=True))
+
+
+def is_ticket(post, nonces):
+    """Return whether what Mattermost calls a post is a ticket with one of these nonces."""
+    try:
+        props = post["props"]
+        return bool(props["ticket"]["nonce"] in nonces and matching(ID, post["id"])
+                    and matching(TICKET_ID, props["ticket_id"]))
+    except (LookupError, TypeError):
+        return False
 
 
 def why(error, again, refused):
@@ -1826,7 +1840,6 @@ class Desk:
                                settings.callback_url + "/ticket/action")
         self.ids = TicketIds()
         self.dialogs = Recent()
-        self.site_url = ""
         self.proven = set()
 
     def prove(self, sentence):
@@ -1834,16 +1847,6 @@ class Desk:
         if sentence not in self.proven:
             self.proven.add(sentence)
             log.info(sentence)
-
-    def link(self, post_id):
-        """Return the address of a post, for people."""
-        if not self.site_url:
-            try:
-                site_url = str(self.mattermost.get_client_config().get("SiteURL"))
-                self.site_url = site_url.rstrip("/") if site_url.startswith("http") else ""
-            except MattermostError as error:
-                log.warning("the site URL is not known: %s", error)
-        return f"{self.site_url or self.settings.mattermost_url}/_redirect/pl/{post_id}"
 
     # From the command to the dialog
 
@@ -1896,14 +1899,14 @@ class Desk:
     def file_ticket(self, dialog, answers):
         """Post a ticket, or find the one that an earlier attempt made."""
         dialog.ticket_id = dialog.ticket_id or self.ids.next()
-        post = self.ticket_post(dialog, answers)
+        nonces = self.nonces("ticket", dialog)
+        post = self.ticket_post(dialog, answers, nonces[0])
         began = time.monotonic()
+        forgotten = began - dialog.unanswered > self.known_there
         try:
-            made = None
-            if began - dialog.unanswered > self.known_there:
-                made = self.earlier_ticket(dialog)
+            made = forgotten and self.earlier_ticket(dialog, nonces)
             made = made or self.channels.create_post(post)
-            if not self.is_ticket(made, dialog):
+            if not is_ticket(made, nonces):
                 raise self.mattermost.odd_answer()
         except MattermostError as error:
             if error.may_have_worked:
@@ -1915,14 +1918,14 @@ class Desk:
         log.info("ticket=%s user=%s channel=%s post=%s", dialog.ticket_id, dialog.asked.user_name,
                  post["channel_id"], dialog.post_id)
 
-    def ticket_post(self, dialog, answers):
+    def ticket_post(self, dialog, answers, nonce):
         """Return the post of a ticket, as Mattermost gets it."""
         asked, ticket_id = dialog.asked, dialog.ticket_id
         message = ticket_message(ticket_id, asked.user_name, self.form, answers,
-                                 self.link(asked.root_id) if asked.root_id else "")
-        if (excess := excess_of(message)) > 0:
+                                 asked.root_id and self.mattermost.link(asked.root_id))
+        if (excess := len(message) + STATUS_ROOM - MESSAGE_LIMIT) > 0:
             raise Sorry(TICKET_TOO_LONG.format(excess=excess))
-        now, nonce = milliseconds(), self.nonces("ticket", dialog)[0]
+        now = milliseconds()
         ticket = {"user_id": asked.user_id, "user_name": asked.user_name, "answers": answers,
                   "created_at": now, "nonce": nonce,
                   "status": "open", "status_by": asked.user_name, "status_at": now}
@@ -1937,16 +1940,7 @@ class Desk:
         """
         return self.seal.signatures(purpose, dialog.asked.nonce)
 
-    def is_ticket(self, post, dialog):
-        """Return whether what Mattermost calls a post is the ticket of a dialog."""
-        try:
-            props = post["props"]
-            return (props["ticket"]["nonce"] in self.nonces("ticket", dialog)
-                    and bool(matching(ID, post["id"]) and matching(TICKET_ID, props["ticket_id"])))
-        except (LookupError, TypeError):
-            return False
-
-    def earlier_ticket(self, dialog):
+    def earlier_ticket(self, dialog, nonces):
         """Return the post that an earlier submission of the same dialog made, or None."""
         asked, posts = dialog.asked, []
         with contextlib.suppress(NotAllowed):  # a bot that may post everywhere may not read
@@ -1955,7 +1949,7 @@ class Desk:
         me = self.mattermost.get_me()["id"]
         ours = [post for post in posts if isinstance(post, dict) and post.get("user_id") == me]
         for post in ours:
-            if self.is_ticket(post, dialog):
+            if is_ticket(post, nonces):
                 # reply_count is 0 in such a list.
                 dialog.has_reply = any(reply.get("root_id") == post["id"] for reply in ours)
                 return post
@@ -1977,8 +1971,7 @@ class Desk:
         """Return the sentence for somebody whose ticket Mattermost did not take."""
         if error.meaning == "archived":
             self.channels.good.forget(self.channels.target(dialog.asked.channel_id))
-            after = "ticket channel" if self.settings.ticket_channel else "submission"
-            return CANT_POST["archived"][after]
+            return CANT_POST["archived"][self.channels.key("submission")]
         if error.meaning == "too long" or error.status == 413:
             return TOO_LONG_THERE
         return why(error, NOT_REACHED,
@@ -1989,7 +1982,7 @@ class Desk:
     def confirm(self, dialog):
         """Tell the reporter, and nobody else, that there is a ticket."""
         asked = dialog.asked
-        text = CONFIRMATION.format(ticket_id=dialog.ticket_id, link=self.link(dialog.post_id))
+        text = CONFIRMATION.format(ticket_id=dialog.ticket_id, link=self.mattermost.link(dialog.post_id))
         try:
             if dialog.hook:
                 self.mattermost.answer_command(dialog.hook, ephemeral(text))
