@@ -1961,11 +1961,11 @@ class Desk:
         That is so if an earlier attempt made the ticket, its answer was lost, and the form was
         changed before it was submitted again.
         """
-        asked = dialog.asked
-        changed = CHANGED.format(user_name=asked.user_name)
+        asked, posted = dialog.asked, fingerprint(answers)
+        message = f"{CHANGED.format(user_name=asked.user_name)}\n{self.form.lines(answers)}"
         self.channels.reply(self.channels.target(asked.channel_id), dialog.post_id,
-                            f"{changed}\n{self.form.lines(answers)}".rstrip("\n"))
-        dialog.posted = fingerprint(answers)
+                            message.rstrip("\n"), self.nonces(f"changed {posted}", dialog)[0])
+        dialog.posted = posted
 
     def why_not_filed(self, error, dialog):
         """Return the sentence for somebody whose ticket Mattermost did not take."""
@@ -1981,8 +1981,8 @@ class Desk:
 
     def confirm(self, dialog):
         """Tell the reporter, and nobody else, that there is a ticket."""
-        asked = dialog.asked
-        text = CONFIRMATION.format(ticket_id=dialog.ticket_id, link=self.mattermost.link(dialog.post_id))
+        asked, link = dialog.asked, self.mattermost.link(dialog.post_id)
+        text = CONFIRMATION.format(ticket_id=dialog.ticket_id, link=link)
         try:
             if dialog.hook:
                 self.mattermost.answer_command(dialog.hook, ephemeral(text))
