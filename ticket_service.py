@@ -240,19 +240,20 @@ STATUS_TAG = re.compile(rf"#(?=(?:{TAG_NAMES})(?![-_.]*[^\W_]))", re.IGNORECASE)
 CHANNEL_MENTION = r"(?<![^\W_])@(?=(?:all|channel|here)(?![^\W_]))"
 # What makes an image of ![…]: what follows the brackets, which are read as Mattermost's web
 # client does; after an escape or code in them the clients differ, so there anything that follows.
-IMAGE = (r"!(?=\[(?:(?:\[[^\]]*\]|[^\[\]]|\](?=[^\[\]]*\]))*|[^\]\\`<]*[\\`<].*?)"
-         r"\](?:\(|\s*\[))")
+IMAGE = (r"!(?=\[(?:(?:\[[^\]]*\]|[^\[\]]|\](?=[^\[\]]*\]))*"
+         r"|(?:\[[^][\\`<]*\]|[^][\\`<])*[\\`<].*?)\](?:\(|\s*\[))")
 UNSAFE = re.compile(f"{CHANNEL_MENTION}|{IMAGE}", re.IGNORECASE | re.DOTALL)
 # Where a text defines what [x] is, ![x] alone is an image, too.
-DEFINITION = re.compile(r"^[ >]*\[[^\]]+\]:", re.MULTILINE)
+DEFINITION = re.compile(r"^[\s>*+\-\d.)]*\[[^\]]+\]:", re.MULTILINE)
 PERHAPS_UNSAFE = re.compile(rf"{CHANNEL_MENTION}|!(?=\[)", re.IGNORECASE)
 FENCED = re.compile(r"^(`{3,}|~{3,})[\w.+-]*\n(?:(?!.*\1).*\n)*\1$", re.MULTILINE)
 TABLE = re.compile(r"^(?=.*\|)[ |:-]*-[ |:-]*$", re.MULTILINE)
-INLINE_CODE = re.compile(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)")
+INLINE_CODE = re.compile(r"(?<!`)(`{1,2})(?!`)(?:(?!\1).)+\1(?!`)")
 # Prose that begins and ends nothing outside itself: links, emphasis, snake_case, bullets. What is
 # left may begin or end in code, for some reader of Markdown.
 COMPLETE = re.compile(
-    r"\[[^][]*\](?:\([^()]*\)|(?!\())|(\*\*?|__?|~~)(?=\S)[^*_~]+\1|(?<=\w)_(?=\w)|^\s*[*+-] ")
+    r"\[[^][<`*_~]*\](?:\([^()<`]*\)|(?!\())|(\*\*?|__?|~~)(?=\S)[^][<`*_~]+\1"
+    r"|(?<=\w)_(?=\w)|^\s*[*+-] ")
 LOOSE = re.compile(r"[][`<|*_~]|\\$|(?:://|www\.)\S*$", re.IGNORECASE)
 
 
@@ -294,10 +295,11 @@ def inline_code_in(text, start, end):
     sure = True
     for line in text[start:end].split("\n"):
         prose = [COMPLETE.sub("", part) for part in INLINE_CODE.split(line)[::2]]
-        sure = (sure or not line.strip()) and not any(map(LOOSE.search, prose))
+        code = list(INLINE_CODE.finditer(line))
+        sure = ((sure or not line.strip()) and not any(map(LOOSE.search, prose))
+                and not any(re.match(r"[^\[]*\]", one[0]) for one in code))
         if sure and not table:
-            for code in INLINE_CODE.finditer(line):
-                yield start + code.start(), start + code.end()
+            yield from ((start + one.start(), start + one.end()) for one in code)
         start += len(line) + 1
 
 
