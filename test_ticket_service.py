@@ -1405,7 +1405,8 @@ class SubmissionTest(Case):
             self.assertEqual(self.mattermost.submit_dialog(then), {})
         [root] = self.mattermost.roots()
         self.assertIn("typed at first, resource", root["message"])
-        self.eventually(lambda: len(self.mattermost.replies()) == 2, "the reply")
+        self.service.shutdown()  # which waits for what is done after the answer
+        self.assertEqual(len(self.mattermost.replies()), 2)
         changed = self.mattermost.replies()[0]
         self.assertTrue(changed["message"].startswith(
             ticket_service.CHANGED.format(user_name="alice")))
@@ -1477,6 +1478,17 @@ class SubmissionTest(Case):
         self.assert_logged("was not confirmed")
         self.service.shutdown()  # which waits for what is done after the answer
         self.assertEqual(len(self.mattermost.posts), before)
+
+    def test_a_first_reply_that_is_on_its_way_is_not_made_again(self):
+        self.mattermost.roles = "system_user system_post_all"  # which may not read there
+        self.mattermost.run_command(channel_id=SECRET)
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.eventually(self.mattermost.replies, "the reply")
+        self.mattermost.roots()[0]["reply_count"] = 0
+        self.start_service()
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.service.shutdown()
+        self.assertEqual(len(self.mattermost.posts), 2)
 
     def test_the_first_reply_is_made_once_even_if_its_answer_is_lost(self):
         self.mattermost.run_command()
