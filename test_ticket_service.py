@@ -2569,7 +2569,8 @@ class FormTest(Case):
                 "`@⁂all", "a ` b\n`@⁂all`", "\\`@⁂all`", "```\n@⁂all", "``` x\n@⁂all",
                 "[`](x) !⁂[a](u) `", "*a `*!⁂[x](u)` b", "http://a/` @⁂all `", "<a `>@⁂all`",
                 "```\n@⁂all\n``` x", "a\n ```\n@⁂all\n\n```\n@⁂all\n```",
-                "`x``!⁂[x](u)`", "!⁂[1]\n1. [1]: u", "a | b\n---|---\n`!⁂[x](u) | c`", "`x | !⁂[x](u)`\n--|:-", "`a\n\n@⁂all`"):
+                "`x``!⁂[x](u)`", "!⁂[1]\n1. [1]: u", "a | b\n---|---\n`!⁂[x](u) | c`",
+                "`x | !⁂[x](u)`\n--|:-", "`a\n\n@⁂all`"):
             with self.subTest(typed):
                 self.assert_shown(typed.replace("⁂", ""), typed.replace("⁂", "\u2060"))
 
