@@ -2656,7 +2656,7 @@ class FormTest(Case):
                 ([element(min_length=-1)], "min_length"), ([element(min_length=151)], "min_length"),
                 ([element(subtype="password")], "subtype must be one of text, email"),
                 ([element(subtype="number", default="x")], "default: "),
-                ([element("bool", default="yes")], "default: "),
+                ([element("bool", default="True")], 'default must be "true" or "false"'),
                 ([element("select")], "options is missing"),
                 ([element("radio", options=[])], "options must have 1"),
                 ([element("select", options={})], "options must be a list"),

@@ -516,6 +516,10 @@ class Bool(Element):
 
     nothing = "false"
 
+    def problems(self):
+        if self.element.get("default", "") not in ("", "true", "false"):
+            yield 'default must be "true" or "false"'
+
     def accept(self, text):
         if text.lower() not in ("true", "false"):
             return None, NOT_AN_OPTION
