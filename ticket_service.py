@@ -1711,7 +1711,7 @@ class Presses:
     """
 
     shown_within = 5  # seconds after the answer
-    first_look = 0.05  # seconds after the answer; each further one takes twice as long
+    first_look = 0.05  # seconds after the answer; each pause is twice as long, up to a second
 
     def __init__(self, mattermost, seal, channels, url):
         self.mattermost, self.seal, self.channels, self.url = mattermost, seal, channels, url
@@ -1795,7 +1795,7 @@ class Presses:
         ends, pause = time.monotonic() + self.shown_within, self.first_look
         while time.monotonic() + pause < ends:
             time.sleep(pause)
-            pause *= 2
+            pause = min(2 * pause, 1)
             with contextlib.suppress(MattermostError):
                 shown = self.shown(self.mattermost.get_post(post_id))
                 if shown and shown.status_at >= change.status_at:
