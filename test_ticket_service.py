@@ -2992,6 +2992,8 @@ class ProcessTest(Case):
         self.assertFalse(self.assert_checked("problem +BOT_TOKEN: .*no team"))
         self.mattermost.is_bot = False
         self.assertFalse(self.assert_checked("problem +BOT_TOKEN: @ticket-bot is a person"))
+        self.mattermost.version = "11.6\n\x1b[2Jok      BOT_TOKEN: forged"
+        self.assertFalse(self.assert_checked(r"ok +MATTERMOST_URL: Mattermost 11\.6 \[2Jok "))
 
     def test_check_warns_of_what_may_be_wrong(self):
         self.mattermost.version, self.mattermost.site_url = "8.1.0", ""

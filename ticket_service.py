@@ -262,6 +262,11 @@ def clean(text):
     return UNSEEN.sub("", LINE_ENDS.sub("\n", text)).strip()
 
 
+def one_line(text):
+    """Return somebody else's text as it can stand in a log, 300 characters of it."""
+    return " ".join(clean(text).split())[:300]
+
+
 def longest_run(mark, text):
     """Return how often a character stands in a row at the most."""
     return max(map(len, re.findall(f"{mark}+", text)), default=0)
@@ -1209,7 +1214,7 @@ def mattermost_error(answer, asked, keep_words):
         reason += f" {error_id}"
     wait = answer.headers.get("Retry-After", "")
     seconds = float(wait) if re.fullmatch("[0-9]+", wait) else None  # of any size; not a date
-    words = " ".join(clean(words).split())[:300] if isinstance(words, str) else ""
+    words = one_line(words) if isinstance(words, str) else ""
     kind = NotAllowed if answer.status in (400, 403, 404) and not foreign else MattermostError
     return kind(reason, answer.status, meaning, foreign, seconds, words)
 
@@ -1557,7 +1562,7 @@ class Channels:
             return
         try:
             if obstacle := self.obstacle(channel_id):
-                bot = self.mattermost.get_me().get("username")
+                bot = matching(USER_NAME, self.mattermost.get_me().get("username"))
                 raise Sorry(CANT_POST[obstacle][self.key(after)].format(bot=bot))
             self.good.remember(channel_id, True)
         except MattermostError as error:
@@ -2497,7 +2502,7 @@ def illness(url, tls=None):
             well = answer.status == 200 and answer.read(100) == json_bytes({"status": "ok"})
             return "" if well else f"another program answers ({answer.status})"
     except (OSError, http.client.HTTPException, ValueError) as error:
-        return str(error)
+        return repr(error)
 
 
 def callback_checks(settings, port):
@@ -2512,7 +2517,7 @@ def callback_checks(settings, port):
         yield "note", "CALLBACK_URL: it can't be checked while the service does not run"
     elif wrong := illness(url, settings.tls):
         yield "warning", ("CALLBACK_URL: Mattermost must reach it; from here it does not answer: "
-                          f"{wrong}")
+                          f"{one_line(wrong)}")
     else:
         yield "ok", "CALLBACK_URL: the service answers there, as seen from here"
 
@@ -2576,7 +2581,8 @@ def checks(desk, port):
     """Yield one of LEVELS and a sentence, beginning with a setting, for all there is to know."""
     yield from callback_checks(desk.settings, port)
     yield "note", "SLASH_TOKEN: it can't be checked from here: type /ticket"
-    yield from mattermost_checks(desk)
+    for level, sentence in mattermost_checks(desk):
+        yield level, one_line(sentence)
 
 
 def log_checks(desk, port):
