@@ -1453,6 +1453,17 @@ class SubmissionTest(Case):
         self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
         self.assertEqual([root["user_id"] for root in self.mattermost.roots()], [ALICE, BOT])
 
+    def test_no_try_comes_after_mattermost_may_have_forgotten_the_first(self):
+        desk, forgotten = self.service.desk, 30  # seconds
+        last_try = desk.mattermost.patience - desk.mattermost.timeout
+        self.assertLess(desk.known_there + last_try, forgotten)
+
+    def test_a_channel_that_is_gone_is_looked_at_again(self):
+        self.mattermost.run_command()
+        self.mattermost.script("POST /posts", fails(404, "app.channel.get.existing.app_error"))
+        self.mattermost.submit_dialog(answers_to())
+        self.assertNotIn(HELPDESK, self.service.desk.channels.good)
+
     def test_a_copy_of_its_props_does_not_hide_the_ticket(self):
         lost = self.lose_the_ticket()
         for post_id in ("a" * 26, "z" * 26):
@@ -2147,6 +2158,17 @@ class EdgeTest(Case):
         for _ in range(5):
             self.assert_answer(self.exchange(big), 413)
 
+    def test_a_refused_client_that_expects_to_continue_may_go_on_sending_for_a_while(self):
+        self.service.linger = 0.3
+        connection = self.connect()
+        connection.sendall(post(b"", headers=b"Content-Length: 9\r\nExpect: 100-continue\r\n",
+                                path=b"/nothing"))
+        while connection.recv(1000):  # the answer, and its end
+            pass
+        connection.sendall(b"a")
+        time.sleep(0.02)
+        connection.sendall(b"a")  # would fail if the first had been answered with a reset
+
     def test_a_client_that_goes_on_sending_is_left(self):
         self.service.linger = 0.1
         connection = self.connect()
@@ -2599,7 +2621,7 @@ class FormTest(Case):
 
     def test_a_very_long_text_is_looked_through_in_no_time(self):
         self.start_with_form({"title": "Long", "elements": [element("textarea", max_length=16000)]})
-        for typed in ("![" * 5000, "![" * 100 + "]" * 9000, "`" * 15000,
+        for typed in ("://" * 5000 + " `@all`", "![" * 5000, "![" * 100 + "]" * 9000, "`" * 15000,
                       "".join("`" * n + " " for n in range(1, 160)) + "@all"):
             began = time.process_time()
             self.assertEqual(self.file({"x": typed}), {})
@@ -2665,6 +2687,9 @@ class FormTest(Case):
                 ([element("select", options=[{"text": "One"}])], "option 1: value is missing"),
                 ([element("select", options=[{"text": "", "value": "1"}])], "option 1: text must"),
                 ([element("select", options=OPTIONS, default="One")], "'One' is not the value"),
+                ([element("select", options=[{"text": "A", "value": " "}])], "value is blank"),
+                ([element("select", options=[{"text": "A", "value": "a"}, {"text": "B",
+                  "value": "a "}])], "option 2: another one has the same"),
                 ([element("select", options=OPTIONS * 2)], "option 3: another one has the same"),
                 ([element("select", options=OPTIONS, multiselect=True)], "multiselect"),
                 ([element("select", options=[first])], "option 1: mention must look like @team-or"),
@@ -2765,6 +2790,11 @@ class SettingsTest(unittest.TestCase):
                 with self.subTest(name=name, value=value), self.assertRaisesRegex(
                         ticket_service.SettingsError, f"^{name} "):
                     self.read(**{name: value})
+
+    def test_the_scheme_of_a_url_may_be_in_capitals(self):
+        settings = self.read(MATTERMOST_URL="HTTPS://mattermost.test")
+        self.assertEqual(settings.mattermost_url, "https://mattermost.test")
+        self.assertIsNotNone(settings.tls)
 
     def test_quotes_are_named(self):
         for name in ("BOT_TOKEN", "SLASH_TOKEN", "MATTERMOST_URL", "CALLBACK_URL"):

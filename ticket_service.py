@@ -185,7 +185,7 @@ CANT_POST = {
 FORM_LATE = "The form came too late for Mattermost. Please type `/ticket` again."
 FORM_NOT_OPENED = "Mattermost did not open the form. Please type `/ticket` again in a moment."
 FORM_REFUSED = "Mattermost refused to open the form. Please tell your Mattermost admin."
-FORM_TOO_SMALL = "The form holds only the beginning of what you typed."
+FORM_TOO_SMALL = "The form has no room for all that you typed."
 WHAT_YOU_TYPED = "What you typed:"
 
 # Instead of the form, or above its buttons.
@@ -254,7 +254,7 @@ INLINE_CODE = re.compile(r"(?<!`)(`{1,2})(?!`)(?:(?!\1).)+\1(?!`)")
 COMPLETE = re.compile(
     r"\[[^][<`*_~]*\](?:\([^()<`]*\)|(?!\())|(\*\*?|__?|~~)(?=\S)[^][<`*_~]+\1"
     r"|(?<=\w)_(?=\w)|^\s*[*+-] ")
-LOOSE = re.compile(r"[][`<|*_~]|\\$|(?:://|www\.)\S*$", re.IGNORECASE)
+LOOSE = re.compile(r"[][`<|*_~]|\\$|(?<!\S)(?=\S*?(?:://|www\.))\S*$", re.IGNORECASE)
 
 
 def clean(text):
@@ -492,7 +492,9 @@ class Select(Element):
                 continue
             for problem in (*sound_part(option, self.option_keys), *mention_problems(option)):
                 yield f"option {number}: {problem}"
-            value = str(option.get("value"))
+            value = clean(str(option.get("value")))
+            if option.get("value") and not value:
+                yield f"option {number}: value is blank"
             if value in values:
                 yield f"option {number}: another one has the same value"
             values.add(value)
@@ -661,7 +663,7 @@ def read_url(text, below):
         raise ValueError("must be a URL such as https://host or http://host:8080/path, no quotes")
     if url.port == 0 or any(mark in text for mark in "@?#\"'"):
         raise ValueError("must be a URL without user name, query, fragment and quotes")
-    text = text.rstrip("/")
+    text = url.scheme + text[len(url.scheme):].rstrip("/")  # in lower case, whatever was typed
     if text.endswith(below):
         raise ValueError(f"must not end in {below}: that is added")
     return text
@@ -1627,9 +1629,10 @@ class Channels:
         try:
             return self.mattermost.create_post(post)
         except NotAllowed as error:
+            if error.status != 400:  # which is about the post
+                self.good.forget(channel_id)
             if error.status != 403:
                 raise
-        self.good.forget(channel_id)
         self.check(channel_id, "submission")
         try:
             return self.mattermost.create_post(post)
@@ -1815,7 +1818,7 @@ class Dialog:
     | it is      | since                                        | and a submission           |
     |------------|----------------------------------------------|----------------------------|
     | open       | /ticket was typed                            | posts the ticket           |
-    | unanswered | Mattermost was sent the ticket and said      | posts it again; after 25 s |
+    | unanswered | Mattermost was sent the ticket and said      | posts it again; after 10 s |
     |            | nothing, or we have started: `unanswered`    | looks for it first         |
     | filed      | there is a ticket: `post_id`                 | posts what is new in it    |
     | confirmed  | a submission was answered with success       | is not confirmed again     |
@@ -1838,7 +1841,7 @@ class Desk:
     What reacts to a request yields its answer; what comes after that is done when it has gone out.
     """
 
-    known_there = 25  # seconds; Mattermost knows a pending_post_id for 30
+    known_there = 10  # seconds; Mattermost knows a pending_post_id for 30, and we try for 20
     clocks_differ = 300  # seconds, Mattermost's and ours, at most
     wait_at_stop = 10  # seconds
 
@@ -2434,7 +2437,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.selector.register(connection.socket, selectors.EVENT_READ, connection)
             connection.watched = True
         head = connection.head
-        if head and head.headers.pop(b"expect", None) and head.version == "HTTP/1.1":
+        expects = head and not connection.refused and head.headers.pop(b"expect", None)
+        if expects and head.version == "HTTP/1.1":
             connection.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n", socket.MSG_DONTWAIT)
         if self.unfinished > UNFINISHED_LIMIT:
             self.hang_up(next(one for one in self.connections if one.received))
