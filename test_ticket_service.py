@@ -15,6 +15,7 @@ may be in the log.
 import argparse
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import datetime
 import http.client
@@ -1437,6 +1438,30 @@ class SubmissionTest(Case):
         in_threads(5, lambda _: self.assertEqual(self.mattermost.submit_dialog(answers_to()), {}))
         self.assertEqual(len(self.mattermost.posts), 2)
 
+    def fill_channel(self, number, characters):
+        """Let a channel have so many posts."""
+        post = next(iter(self.mattermost.posts.values()))
+        for index in range(number):
+            post_id = f"{index:026}"
+            self.mattermost.posts[post_id] = {
+                **post, "id": post_id, "message": "a" * characters, "props": {}}
+
+    def test_after_a_restart_a_ticket_is_looked_for_among_many_long_posts(self):
+        lost = self.lose_the_ticket()
+        self.fill_channel(100, 16_000)
+        self.start_service()
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.eventually(self.mattermost.replies, "the reply")
+        self.assertEqual(self.mattermost.replies()[0]["root_id"], lost["id"])
+
+    def test_where_mattermost_may_not_list_all_posts_no_second_ticket_is_made(self):
+        self.lose_the_ticket()
+        self.fill_channel(1000, 10)
+        self.mattermost.posts.pop(next(iter(self.mattermost.posts)))
+        self.start_service()
+        self.assert_refused(self.mattermost.submit_dialog(answers_to()),
+                            ticket_service.FORM_INVALID)
+
     def lose_the_ticket(self):
         """Submit a dialog whose ticket is made, but whose answer is lost for good."""
         self.service.desk.mattermost.patience = self.service.desk.known_there = 0
@@ -1909,6 +1934,23 @@ class ButtonTest(Case):
         self.mattermost.channels[HELPDESK].members.discard(BOT)
         self.assert_unchanged(self.press("closed"), ticket_service.NOT_READABLE)
 
+    def test_a_press_that_has_read_the_post_before_it_changed_is_too_late(self):
+        presses = self.service.desk.presses
+        presses.first_look, presses.shown_within = 0.1, 1
+        before, close = json.dumps(self.root).encode(), self.action("closed")
+        self.assertEqual(self.press("taken"), "")
+        [last] = presses.last.values()
+
+        def waits_for_the_news(handler, work):
+            self.eventually(lambda: not last.change, "the end of the first press")
+            handler.reply(*work())
+
+        self.mattermost.script("GET /posts/", http_answer(200, before))
+        self.mattermost.script("GET /users/me", waits_for_the_news)
+        self.assertEqual(self.press("closed", ALICE, action=close),
+                         STATUSES["taken"].already.format(user_name="bob"))
+        self.assert_status("taken", BOB)
+
     def test_a_failed_reply_does_not_undo_the_change(self):
         self.service.desk.mattermost.patience = 0
         self.forget_connections()
@@ -2022,7 +2064,7 @@ BAD_REQUESTS = [
     (405, "POST /health", post(path=b"/health")),
     *[(405, method, get(method + b" /ticket HTTP/1.1")) for method in (
         b"GET", b"OPTIONS", b"PUT", b"DELETE", b"PATCH", b"TRACE", b"CONNECT")],
-    *[(501, method, get(method + b" /health HTTP/1.1")) for method in (
+    *[(405, method, get(method + b" /health HTTP/1.1")) for method in (
         b"get", b"BREW", b"__init__")],
     # forms and JSON
     (401, "an empty form", post(b"")),
@@ -2253,7 +2295,7 @@ class EdgeTest(Case):
         self.assertEqual(self.service.unfinished, 0)
 
     def test_nobody_who_waits_for_mattermost_gives_way(self):
-        self.service.threads = ticket_service.Threads(2)
+        self.service.threads = concurrent.futures.ThreadPoolExecutor(2)
         for _ in range(4):
             self.mattermost.run_command()
         self.mattermost.script("POST /posts", *[slow(0.05)] * 4)
@@ -2261,7 +2303,7 @@ class EdgeTest(Case):
             self.mattermost.submit_dialog(answers_to(), number), {}))
 
     def test_a_health_check_is_answered_even_if_all_threads_wait_for_mattermost(self):
-        self.service.threads = ticket_service.Threads(1)
+        self.service.threads = concurrent.futures.ThreadPoolExecutor(1)
         self.mattermost.script("POST /actions/", slow(0.1))
         waiting = threading.Thread(target=self.mattermost.run_command)
         waiting.start()

@@ -32,7 +32,6 @@ import json
 import logging
 import math
 import os
-import queue
 import re
 import resource
 import secrets
@@ -48,6 +47,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -260,6 +260,11 @@ LOOSE = re.compile(r"[][`<|*_~]|\\$|(?<!\S)(?=\S*?(?:://|www\.))\S*$", re.IGNORE
 def clean(text):
     """Return what a person typed, with plain line ends and without what can't be seen or sent."""
     return UNSEEN.sub("", LINE_ENDS.sub("\n", text)).strip()
+
+
+def fingerprint(value):
+    """Return a text that is the same for the same JSON value, and for no other."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def one_line(text):
@@ -577,8 +582,7 @@ class Form:
         self.dialog["callback_id"] = "ticket"
         self.dialog["elements"] = [element.for_mattermost() for element in self.elements]
         # A dialog is judged by the form that was opened: that of another one is not accepted.
-        self.fingerprint = hashlib.sha256(
-            json.dumps(form, sort_keys=True).encode()).hexdigest()[:16]
+        self.fingerprint = fingerprint(form)
 
     def problems(self, form):
         """Yield what is wrong with a form: said at start, and not found out by people."""
@@ -837,10 +841,14 @@ class Sorry(Exception):
 class Refused(Exception):
     """An HTTP request that Mattermost would not send; str() is the reason, for whoever sent it."""
 
-    def __init__(self, status, reason, *headers, hint=""):
+    def __init__(self, status, reason, *headers):
         super().__init__(reason)
         self.status, self.headers = status, headers
-        self.hint = hint  # for the log only
+
+
+def with_cause(error):
+    """Return what an error says, and what has caused it, for the log."""
+    return f"{error} ({error.__cause__})" if error.__cause__ else str(error)
 
 
 def json_object(body):
@@ -864,21 +872,20 @@ def matching(pattern, value):
     return value if isinstance(value, str) and pattern.fullmatch(value) else ""
 
 
-def check_token(token, ours):
-    """Refuse a slash command whose token is not one of ours; tell the log what is wrong with it."""
+def token_fault(token, ours):
+    """Return what is wrong with the token of a slash command, for the log; "" if it is ours."""
     def is_ours(token):  # sum, not any: how long it takes must not tell which one it is
         return sum(hmac.compare_digest(token, known) for known in ours)
 
     if is_ours(token):
-        return
-    hint = "it has another token"
+        return ""
     if not token:
-        hint = "it has none"
-    elif is_ours(token.strip(b"\"' ")):
-        hint = "it has one of ours, in quotes"
-    elif len(token) not in map(len, ours):
-        hint = f"its token has {len(token)} characters"
-    raise Refused(401, "SLASH_TOKEN does not hold the token of this slash command", hint=hint)
+        return "it has none"
+    if is_ours(token.strip(b"\"' ")):
+        return "it has one of ours, in quotes"
+    if len(token) not in map(len, ours):
+        return f"its token has {len(token)} characters"
+    return "it has another token"
 
 
 @dataclass(frozen=True)
@@ -904,7 +911,9 @@ class SlashCommand:
                 body.decode(), keep_blank_values=True, max_num_fields=FORM_FIELDS))
         except ValueError as error:
             raise Refused(400, "the body is not a form") from error
-        check_token(fields.get("token", "").encode(), settings.slash_tokens)
+        if fault := token_fault(fields.get("token", "").encode(), settings.slash_tokens):
+            raise Refused(401, "SLASH_TOKEN does not hold the token of this slash command") from (
+                ValueError(fault))
         user_id, channel_id, root_id = (
             matching(ID, fields.get(name)) for name in ("user_id", "channel_id", "root_id"))
         user_name = matching(USER_NAME, fields.get("user_name"))
@@ -994,21 +1003,6 @@ def given_back(sentence, text):
     return ephemeral(f"{sentence}\n{WHAT_YOU_TYPED}\n{fenced(text)}" if text else sentence)
 
 
-def not_opened(sentence, command):
-    """Return the answer to a command that could not open its dialog."""
-    return given_back(sentence, command.text if command else "")
-
-
-def not_filed(sentence, _):
-    """Return the answer to a submission that made no ticket: the dialog stays open and says so."""
-    return {"error": sentence}
-
-
-def not_changed(sentence, _):
-    """Return the answer to a press that changed nothing, which only who pressed sees."""
-    return {"ephemeral_text": sentence}
-
-
 def status_line(status, user_name):
     """Return the line of a ticket that says what has become of it."""
     return STATUSES[status].line.format(user_name=user_name)
@@ -1040,17 +1034,6 @@ def with_status(message, status, user_name):
         return message[:old.start()] + line + message[old.end():]
     first, end, rest = message.partition("\n")
     return f"{first}\n{line}{end}{rest}"
-
-
-def attachments(status, url, sign):
-    """Return the attachments of a ticket: the buttons that lead on from its status.
-
-    What sign(wanted) returns comes back with a press; Mattermost shows it to nobody.
-    """
-    actions = [{"id": wanted, "name": STATUSES[wanted].button, "type": "button",
-                "integration": {"url": url, "context": {"signed": sign(wanted)}}}
-               for wanted in STATUSES[status].leads_to]
-    return [{"color": STATUSES[status].color, "actions": actions}]
 
 
 def new_post(channel_id, message, pending_post_id, root_id="", **props):
@@ -1159,6 +1142,7 @@ class TicketIds:
 # ------------------------------------------------------------ 7. Mattermost's REST API
 
 ANSWER_LIMIT = 2**20  # bytes of an answer that are read
+POSTS, POSTS_LIMIT = 1000, 16 * 2**20  # that Mattermost lists at most; bytes of such a list
 ERROR_ID = re.compile(r"[a-z0-9_.]{1,100}")
 NOT_AS_MATTERMOST = "not as Mattermost does: is MATTERMOST_URL right?"
 TUNNEL_REFUSED = re.compile(r"Tunnel connection failed: (\d{3})")  # by a proxy; http.client's words
@@ -1267,6 +1251,12 @@ class TimedResponse(http.client.HTTPResponse):
         self.fp = io.BufferedReader(TimedReader(self.fp.detach(), sock))
 
 
+class Call(urllib.request.Request):
+    """A request to Mattermost, and how many bytes of its answer are read at most."""
+
+    limit = ANSWER_LIMIT
+
+
 class Answer(NamedTuple):
     """An answer of Mattermost's, read to its end."""
 
@@ -1275,11 +1265,11 @@ class Answer(NamedTuple):
     body: bytes
 
     @classmethod
-    def whole(cls, response):
+    def whole(cls, response, limit):
         """Read a response; raise if it is cut short, or too long."""
         with response:
-            body = response.read(ANSWER_LIMIT + 1)
-        if len(body) > ANSWER_LIMIT:
+            body = response.read(limit + 1)
+        if len(body) > limit:
             raise ValueError("the answer is too long")
         if response.length:  # bytes that are still owed: read() with a size does not tell
             raise http.client.IncompleteRead(body, response.length)
@@ -1308,7 +1298,8 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
             return connection
 
         if self.proxied:
-            return Answer.whole(super().do_open(new_connection, req, **http_conn_args))
+            return Answer.whole(
+                super().do_open(new_connection, req, **http_conn_args), req.limit)
         if kept := self.take():
             try:
                 return self.exchange(kept, req)
@@ -1325,7 +1316,7 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
                 connection.sock.settimeout(request.timeout)
             connection.request(request.get_method(), request.selector, request.data,
                                dict(request.header_items()))
-            answer = Answer.whole(connection.getresponse())
+            answer = Answer.whole(connection.getresponse(), request.limit)
         except BaseException:
             connection.close()
             raise
@@ -1393,10 +1384,11 @@ class Mattermost:
         if proxy:
             self.opener.add_handler(urllib.request.ProxyHandler())
 
-    def send(self, method, path, payload=None):
+    def send(self, method, path, payload=None, limit=ANSWER_LIMIT):
         """Return the body of an answer that means success."""
         data = None if payload is None else json_bytes(payload)
-        request = urllib.request.Request(self.url + path, data, self.headers, method=method)
+        request = Call(self.url + path, data, self.headers, method=method)
+        request.limit = limit
         try:
             answer = self.opener.open(request, timeout=deadline.left(self.timeout))
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -1409,9 +1401,9 @@ class Mattermost:
             raise mattermost_error(answer, self.asked, keep_words=path == "/api/v4/posts")
         return answer.body
 
-    def call(self, method, path, payload=None, wanted=dict):
+    def call(self, method, path, payload=None, wanted=dict, limit=ANSWER_LIMIT):
         """Return the JSON in an answer that means success: an object, or whatever is wanted."""
-        body = self.send(method, "/api/v4" + path, payload)
+        body = self.send(method, "/api/v4" + path, payload, limit)
         try:
             answer = json.loads(body)
         except (ValueError, RecursionError):
@@ -1478,8 +1470,10 @@ class Mattermost:
         return self.call("POST", "/roles/names", names, wanted=list)
 
     def get_channel_posts(self, channel_id, since):
-        """Return posts of a channel since a time in milliseconds, replies too; at most 1,000."""
-        posts = self.call("GET", f"/channels/{channel_id}/posts?since={since}").get("posts")
+        """Return posts of a channel since a time in milliseconds, replies too; POSTS at most."""
+        answer = self.call(
+            "GET", f"/channels/{channel_id}/posts?since={since}", limit=POSTS_LIMIT)
+        posts = answer.get("posts")
         return list(posts.values()) if isinstance(posts, dict) else []
 
     def create_post(self, post):
@@ -1648,11 +1642,6 @@ class Channels:
 
 # ------------------------------------------------------------------------------ 9. The desk
 
-def fingerprint(answers):
-    """Return a number that is the same for the same answers."""
-    return hash(json.dumps(answers, sort_keys=True))
-
-
 def is_ticket(post, nonces):
     """Return whether what Mattermost calls a post is a ticket with one of these nonces."""
     try:
@@ -1726,9 +1715,17 @@ class Presses:
         self.last = Recent()
 
     def buttons(self, ticket_id, ticket):
-        """Return the attachments of a ticket with such props; its buttons hold for this status."""
-        return attachments(ticket["status"], self.url, lambda wanted: self.seal.sign(
-            "action", ticket_id, ticket["status_at"], wanted))
+        """Return the attachments of a ticket with such props: what leads on from its status.
+
+        A button's context comes back with a press; Mattermost shows it to nobody.
+        """
+        status = STATUSES[ticket["status"]]
+        actions = [{
+            "id": wanted, "name": STATUSES[wanted].button, "type": "button",
+            "integration": {"url": self.url, "context": {
+                "signed": self.seal.sign("action", ticket_id, ticket["status_at"], wanted)}},
+        } for wanted in status.leads_to]
+        return [{"color": status.color, "actions": actions}]
 
     def on_press(self, press):
         """Give a ticket another status; yield the answer to the button, then tell the thread."""
@@ -1738,8 +1735,9 @@ class Presses:
         ticket_id, status_at, wanted = fields
         last = self.last.remember(ticket_id, LastPress())
         with lock_in_time(last.lock, PRESS_AGAIN):
-            post = self.ticket(press.post_id, ticket_id)
-            now = last.change or self.shown(post)
+            pending = last.change  # before the post is read: it may come true in between
+            post = self.ticket_post(press.post_id, ticket_id)
+            now = pending or self.shown(post)
             same = wanted == "taken" and (now.status, now.status_by) == ("taken", press.user_name)
             if now.status_at != status_at or same or wanted not in STATUSES[now.status].leads_to:
                 raise Sorry(STATUSES[now.status].already.format(user_name=now.status_by))
@@ -1752,7 +1750,7 @@ class Presses:
             if last.change is change:
                 last.change = None
 
-    def ticket(self, post_id, ticket_id):
+    def ticket_post(self, post_id, ticket_id):
         """Return the post of a ticket as it is now, if the bot has written it."""
         try:
             post, me = self.mattermost.get_post(post_id), self.mattermost.get_me()
@@ -1830,7 +1828,7 @@ class Dialog:
     lock: threading.Lock = field(default_factory=threading.Lock)
     ticket_id: str = ""
     post_id: str = ""
-    posted: int = 0  # fingerprint of the answers in the ticket, or those posted after
+    posted: str = ""  # fingerprint of the answers in the ticket, or those posted after
     has_reply: bool = False
     confirmed: bool = False
 
@@ -1967,6 +1965,8 @@ class Desk:
                 # reply_count is 0 in such a list.
                 dialog.has_reply = any(reply.get("root_id") == post["id"] for reply in ours)
                 return post
+        if len(posts) >= POSTS:  # there may be more, and the ticket among them
+            raise Sorry(FORM_INVALID)
         return None
 
     def post_changes(self, dialog, answers):
@@ -2033,7 +2033,6 @@ class Desk:
 
 HEAD_LIMIT = 16 * 1024  # bytes of request line and headers
 BODY_LIMIT = 256 * 1024  # bytes; 16,383 characters are up to 196 KB in a form
-FILES = 16 * 1024  # that may be open, if the system lets us
 UNFINISHED_LIMIT = 64 * 2**20  # bytes of all requests that are still arriving
 NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HEAD = re.compile(
@@ -2041,7 +2040,6 @@ HEAD = re.compile(
     % (NAME, NAME))
 BARE_LF = re.compile(rb"(?<!\r)\n")
 HOST = re.compile(rb"[\w.~:\[\]-]+")
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 ONLY_ONCE = (b"host", b"content-length", b"content-type", b"authorization", b"expect")
 
 
@@ -2050,26 +2048,30 @@ class Route(NamedTuple):
 
     read: Callable  # (body, settings) -> what Mattermost says; may raise Refused
     react: Callable  # (desk, what Mattermost says) yields the answer, then does what is left
-    sorry: Callable  # (sentence, what Mattermost says) -> the answer if something is wrong
+    sorry: Callable  # (sentence, what Mattermost says or None) -> the answer that holds a sentence
 
 
 HEALTH = "/health"
 ROUTES = {
-    "/ticket": Route(SlashCommand.from_body, Desk.on_slash_command, not_opened),
-    "/ticket/submit": Route(Submission.from_body, Desk.on_submission, not_filed),
+    "/ticket": Route(
+        SlashCommand.from_body, Desk.on_slash_command,
+        lambda sentence, command: given_back(sentence, command.text if command else "")),
+    "/ticket/submit": Route(  # the dialog stays open, and says it
+        Submission.from_body, Desk.on_submission, lambda sentence, _: {"error": sentence}),
     "/ticket/action": Route(
-        Press.from_body, lambda desk, press: desk.presses.on_press(press), not_changed),
+        Press.from_body, lambda desk, press: desk.presses.on_press(press),
+        lambda sentence, _: {"ephemeral_text": sentence}),
 }
 
 
 class Head(NamedTuple):
-    """Request line and headers of a request."""
+    """What has to be known of a request's first line and headers."""
 
     method: str
     path: str  # without the query
-    version: str
-    headers: dict  # names in lower case; all is bytes
-    size: int  # bytes
+    size: int  # bytes of the head
+    length: int  # bytes of the body
+    expects: bool  # the client waits for "100 Continue" before it sends the body
 
 
 def read_head(received):
@@ -2097,37 +2099,34 @@ def read_head(received):
         if name in ONLY_ONCE and name in headers:
             raise Refused(400, f"{name.decode()} is there twice")
         headers[name] = value.strip(b" \t")
-    path = target.partition(b"?")[0].decode()
-    return Head(method.decode(), path, version.decode(), headers, len(head))
+    modern = version == b"HTTP/1.1"
+    method, path = method.decode(), target.partition(b"?")[0].decode()
+    length = body_length(method, path, headers, modern)
+    return Head(method, path, len(head), length, modern and b"expect" in headers)
 
 
-def body_length(head):
+def body_length(method, path, headers, modern):
     """Return how long the body of a request is; refuse a request that its head shows to be no good.
 
     Too much is refused before it is read, and so is what nobody would answer.
     """
-    headers = head.headers
     if b"transfer-encoding" in headers:
         raise Refused(501, "Transfer-Encoding is not supported")
     if headers.get(b"expect", b"100-continue").lower() != b"100-continue":
         raise Refused(417, "Expect is not supported, but for 100-continue")
-    host = headers.get(b"host", b"" if head.version == "HTTP/1.1" else b"none")
-    if not HOST.fullmatch(host):
+    if not HOST.fullmatch(headers.get(b"host", b"" if modern else b"none")):
         raise Refused(400, "Host is missing or malformed")
     length = headers.get(b"content-length", b"0")
     if not length.isdigit():
         raise Refused(400, "Content-Length is malformed")
     if len(length) > 9 or int(length) > BODY_LIMIT:
         raise Refused(413, f"the body is longer than {BODY_LIMIT} bytes")
-    if head.method not in METHODS:
-        raise Refused(501, "the method is not known")
-    if head.path not in ROUTES and head.path != HEALTH:
+    if path not in ROUTES and path != HEALTH:
         raise Refused(404, "there is nothing at this path")
-    allowed = ("GET", "HEAD") if head.path == HEALTH else ("POST",)
-    if head.method not in allowed:
-        raise Refused(405, f"the method must be {' or '.join(allowed)}",
-                      f"Allow: {', '.join(allowed)}")
-    if head.method == "POST" and b"content-length" not in headers:
+    allowed = "GET, HEAD" if path == HEALTH else "POST"
+    if method not in allowed.split(", "):
+        raise Refused(405, f"the method must be one of {allowed}", f"Allow: {allowed}")
+    if method == "POST" and b"content-length" not in headers:
         raise Refused(411, "Content-Length is missing")
     return int(length)
 
@@ -2142,17 +2141,16 @@ class Connection:
     due: float  # when it must be over
     received: bytearray = field(default_factory=bytearray)
     head: Head | None = None
-    length: int = 0  # bytes of the body
-    watched: bool = False  # by Server.selector
     refused: Refused | None = None  # what is still sent is dropped
+    watched: bool = False  # by Server.selector
 
     def is_whole(self):
         """Return whether the request is all here; refuse it as soon as that is clear."""
         if not self.head:
             self.head = read_head(self.received)
-            if self.head:
-                self.length = body_length(self.head)
-        return self.head and len(self.received) >= self.head.size + self.length
+            if self.head and self.head.expects:
+                self.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n", socket.MSG_DONTWAIT)
+        return self.head and len(self.received) >= self.head.size + self.head.length
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -2167,18 +2165,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
     note = ""  # for the log
 
     def setup(self):
-        """Take the request from memory, where the server has put it."""
+        """Take the request from memory: `self.request` is a Connection, not a socket."""
         head = self.request.head
         self.command, self.path = (head.method, head.path) if head else ("", "")
 
     def handle(self):
         """Answer the request; what is to be done after the answer is done when it has gone out."""
-        if self.request.refused:
-            self.refuse(self.request.refused)
-        elif self.path == HEALTH:
-            self.answer(200, {"status": "ok"})
-        else:
-            self.answer_person(ROUTES[self.path])
+        try:
+            if self.request.refused:
+                raise self.request.refused
+            if self.path == HEALTH:
+                self.answer(200, {"status": "ok"})
+            else:
+                self.answer_person(ROUTES[self.path])
+        except Refused as refused:
+            self.note = with_cause(refused)
+            self.answer(refused.status, {"error": str(refused)}, *refused.headers)
 
     def finish(self):
         """Do nothing: each answer has been sent at once."""
@@ -2191,30 +2193,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         deadline.ends = self.request.due
         said, reaction = None, ()
         try:
-            begin = self.request.head.size
-            body = bytes(self.request.received[begin:begin + self.request.length])
+            begin, length = self.request.head.size, self.request.head.length
+            body = bytes(self.request.received[begin:begin + length])
             said = route.read(body, self.server.desk.settings)
             reaction = route.react(self.server.desk, said)
             answer = next(reaction)
-        except Refused as refused:
-            self.refuse(refused)
-            return
+        except Refused:
+            raise
         except Sorry as problem:
-            self.note = f"{problem} {problem.__cause__ or ''}".rstrip()
+            self.note = with_cause(problem)
             answer = route.sorry(str(problem), said)
         except Exception:  # a bug of ours must not cost anybody their text
             log.exception("POST %s failed", self.path)
             answer = route.sorry(OUR_FAULT, said)
         self.answer(200, answer)
-        self.server.shutdown_request(self.request)
+        self.server.shutdown_request(self.request)  # now, and not after what follows
         deadline.ends = time.monotonic() + self.server.follow_up_within
         for _ in reaction:
             pass
-
-    def refuse(self, refused):
-        """Answer a request that Mattermost would not send."""
-        self.note = f"{refused}: {refused.hint}" if refused.hint else str(refused)
-        self.answer(refused.status, {"error": str(refused)}, *refused.headers)
 
     def answer(self, status, payload, *headers):
         """Send an answer in one write: Mattermost 9.4 to 9.7 loses a body that comes later."""
@@ -2236,57 +2232,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if code == 200 and self.path == HEALTH:
             return
         level = logging.WARNING if self.note or code != 200 else logging.INFO
-        what = f"{self.command} {self.path[:200]!r}" if self.command else "no HTTP"
-        note = f" {self.note}" if self.note else ""
-        log.log(level, "%s %s %s%s", self.client_address, what, code, note)
-
-
-class Threads:
-    """Threads that are used again: a ThreadPoolExecutor without its futures, which cost too much.
-
-    Only one thread, the server's loop, may call run() and join().
-    """
-
-    def __init__(self, most):
-        self.most, self.threads = most, []
-        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
-        self.idle = threading.Semaphore(0)
-
-    def run(self, work, *details):
-        """Let an idle thread do some work, or a new one, or the next that is done."""
-        self.jobs.put((work, details))
-        if self.idle.acquire(blocking=False) or len(self.threads) >= self.most:
-            return
-        thread = threading.Thread(target=self.work_on)
-        with contextlib.suppress(RuntimeError):  # the system's limit is lower than ours
-            thread.start()
-            self.threads.append(thread)
-
-    def work_on(self):
-        """Do one job after the other, until there is a None."""
-        while job := self.jobs.get():
-            work, details = job
-            work(*details)
-            self.idle.release()
-
-    def join(self):
-        """Wait until all work is done."""
-        for _ in self.threads:
-            self.jobs.put(None)
-        for thread in self.threads:
-            thread.join()
-
-
-def raised_file_limit():
-    """Raise the soft limit of open files, which is often 1,024; return what it is then."""
-    soft, hard = (FILES if limit == resource.RLIM_INFINITY else limit
-                  for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
-    wanted = min(FILES, hard)
-    if soft < wanted:
-        with contextlib.suppress(OSError, ValueError):  # macOS has a limit that it does not tell
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            return wanted
-    return soft
+        what = f"{self.command[:20]} {self.path[:200]!r}" if self.command else "no HTTP"
+        log.log(level, "%s", f"{self.client_address} {what} {code} {self.note}".rstrip())
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -2307,15 +2254,14 @@ class Server(http.server.ThreadingHTTPServer):
     answer_within = 24  # seconds in which a person gets an answer; Mattermost gives up after 30
     follow_up_within = 20  # seconds for what is done after the answer
 
-    def __init__(self, desk, host, port):
+    def __init__(self, desk, host, port, files=1024):
+        """Listen; `files` is how many may be open."""
         both = socket.has_dualstack_ipv6() and not host
         self.address_family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-        files = raised_file_limit()
-        self.most_connections = min(4096, files // 3)
-        # A thread may open a connection to Mattermost as well.
-        self.threads = Threads(min(512, files // 4))
         self.desk = desk
-        self.connections = {}  # whose requests are not whole: keys, the oldest first
+        self.most_connections = min(4096, files // 3)
+        self.threads = ThreadPoolExecutor(min(512, files // 4))  # each may call Mattermost
+        self.connections = {}  # not whole, or refused and still sending: keys, the oldest first
         self.unfinished = 0  # bytes that they have sent
         self.next_look = 0.0
         self.selector = selectors.DefaultSelector()
@@ -2328,11 +2274,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
         self.server_port = self.server_address[1]
-
-    def server_activate(self):
-        """Listen, and never wait in accept()."""
-        super().server_activate()
-        self.socket.setblocking(False)
+        self.socket.setblocking(False)  # so accept() never waits
 
     def serve_forever(self, poll_interval=0.1):
         """Serve until shutdown(): the stock loop looks at the listening socket only."""
@@ -2348,8 +2290,8 @@ class Server(http.server.ThreadingHTTPServer):
         for connection in self.connections:
             connection.due = min(connection.due, ends)
         while self.connections:
-            self.serve(0.02)
-        self.threads.join()
+            self.serve(0.02)  # seconds
+        self.threads.shutdown()
         self.selector.close()
         self.stopped.set()
 
@@ -2400,12 +2342,9 @@ class Server(http.server.ThreadingHTTPServer):
     def receive(self, connection):
         """Take what has arrived of a request; whatever is wrong with it, only it can fail."""
         try:
-            data = connection.socket.recv(65536, socket.MSG_DONTWAIT)
-            if data:
-                self.judge(connection, data)
-            else:
-                self.hang_up(connection)
-        except BlockingIOError:
+            with contextlib.suppress(BlockingIOError):
+                self.judge(connection, connection.socket.recv(65536, socket.MSG_DONTWAIT))
+                return
             self.let_wait(connection)
         except OSError:
             self.hang_up(connection)
@@ -2415,6 +2354,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def judge(self, connection, data):
         """Let a connection wait, answer it, or let a thread do so, as its request is so far."""
+        if not data:
+            self.hang_up(connection)
+            return
         if connection.refused:
             return
         connection.received += data
@@ -2436,10 +2378,6 @@ class Server(http.server.ThreadingHTTPServer):
         if not connection.watched:
             self.selector.register(connection.socket, selectors.EVENT_READ, connection)
             connection.watched = True
-        head = connection.head
-        expects = head and not connection.refused and head.headers.pop(b"expect", None)
-        if expects and head.version == "HTTP/1.1":
-            connection.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n", socket.MSG_DONTWAIT)
         if self.unfinished > UNFINISHED_LIMIT:
             self.hang_up(next(one for one in self.connections if one.received))
 
@@ -2459,7 +2397,8 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, request, client_address):
         """Let a thread answer a request: one that is idle, or a new one while there are few."""
         request.due = time.monotonic() + self.answer_within
-        self.threads.run(self.process_request_thread, request, client_address)
+        with contextlib.suppress(RuntimeError):  # the system allows no more: one of those will
+            self.threads.submit(self.process_request_thread, request, client_address)
 
     def shutdown_request(self, request):
         """Close a connection; a refused client may still be sending: let it see the answer first.
@@ -2469,8 +2408,7 @@ class Server(http.server.ThreadingHTTPServer):
         if not request.refused:
             super().shutdown_request(request.socket)
             return
-        with contextlib.suppress(OSError):
-            request.socket.shutdown(socket.SHUT_WR)
+        request.socket.shutdown(socket.SHUT_WR)
         request.received.clear()
         request.due = time.monotonic() + self.linger
         self.connections[request] = True
@@ -2483,6 +2421,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 # -------------------------------------------------------------------- 11. The command line
 
+FILES = 16 * 1024  # that the service may open, if the system lets it
 LEVELS = {"ok": logging.INFO, "note": logging.INFO,
           "warning": logging.WARNING, "problem": logging.ERROR}
 
@@ -2515,8 +2454,8 @@ def callback_checks(settings, port):
     parts = urllib.parse.urlsplit(url)
     if is_loopback(url) and not is_loopback(settings.mattermost_url):
         yield "warning", f"CALLBACK_URL: {url} is Mattermost's own machine"
-    if parts.port and parts.port not in (settings.port, 80, 443):
-        yield "warning", f"CALLBACK_URL: its port is {parts.port}, but PORT is {settings.port}"
+    if parts.port and parts.port not in (port, 80, 443):
+        yield "warning", f"CALLBACK_URL: its port is {parts.port}, but PORT is {port}"
     if illness(address_of(settings.host, port)):
         yield "note", "CALLBACK_URL: it can't be checked while the service does not run"
     elif wrong := illness(url, settings.tls):
@@ -2618,11 +2557,21 @@ def health(environ):
     return 0
 
 
+def file_limit():
+    """Set the soft limit of open files, which is often 1,024, as high as may be; return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    with contextlib.suppress(OSError, ValueError):  # macOS has a limit that it does not tell
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
+    return soft
+
+
 def serve(settings):
     """Run the service until SIGTERM or SIGINT; return the exit status."""
     desk = Desk(settings)
     try:
-        server = Server(desk, settings.host, settings.port)
+        server = Server(desk, settings.host, settings.port, file_limit())
     except OSError as error:
         log.error("HOST and PORT: %s:%d can't be opened: %s", settings.host, settings.port, error)
         return 1
