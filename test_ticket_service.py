@@ -2750,9 +2750,9 @@ class FormTest(Case):
                                 ({**good, "title": 7}, "title must be a text"),
                                 ({**good, "icon_url": 7}, "icon_url must be a text"),
                                 ({**good, "submit_lable": "x"}, "submit_lable is not one of"),
-                                ({**good, "notify_on_cancel": True}, "set by the service"),
-                                ({**good, "callback_id": "x"}, "set by the service"),
-                                ({**good, "state": "x"}, "set by the service"),
+                                ({**good, "notify_on_cancel": True}, "for the service to set"),
+                                ({**good, "callback_id": "x"}, "for the service to set"),
+                                ({**good, "state": "x"}, "for the service to set"),
                                 ({**good, "mention": "helpdesk"}, "must look like @team-or-user"),
                                 ({**good, "mention": "@a @b"}, "must look like @team-or-user")):
             with self.subTest(complaint):

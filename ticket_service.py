@@ -59,8 +59,9 @@ log = logging.getLogger("ticket")
 # Mattermost's own dialog object, as it goes over the wire:
 # https://developers.mattermost.com/integrate/plugins/interactive-dialogs/
 # One entry is the field in the dialog, the rule its answer is checked by, and the line in the
-# ticket. Three keys are ours: "mention": "@team-or-user" of an option goes into a ticket that chose
-# it, and of the form itself into every ticket; "code": True shows a textarea's answer as typed.
+# ticket. Keys of ours are "mention": "@team-or-user", which goes from an option into the tickets that
+# chose it, and from the form itself into every ticket, and "code": True, which shows what is typed
+# in a textarea in a code block.
 FORM = {
     "title": "New ticket",
     "submit_label": "Create ticket",
@@ -93,7 +94,11 @@ FORM = {
 
 
 class Status(NamedTuple):
-    """What a ticket can be, and how a ticket says so."""
+    """What a ticket can be, and how a ticket says so.
+
+    A change of a tag, of a line up to its tag, or of a key of STATUSES leaves the tickets that have
+    the old one without a status.
+    """
 
     tag: str  # what people search for
     line: str  # of the ticket; holds the tag
@@ -238,19 +243,21 @@ JOINER = "\u2060"  # invisible; Mattermost sees no mention, image or hashtag whe
 TAG_NAMES = "|".join(status.tag[1:] for status in STATUSES.values())
 STATUS_TAG = re.compile(rf"#(?=(?:{TAG_NAMES})(?![-_.]*[^\W_]))", re.IGNORECASE)
 CHANNEL_MENTION = r"(?<![^\W_])@(?=(?:all|channel|here)(?![^\W_]))"
-# What makes an image of ![…]: what follows the brackets, which are read as Mattermost's web
-# client does; after an escape or code in them the clients differ, so there anything that follows.
+# ![a](url), ![a [b]][name], but not vec![1]: what follows the brackets, which are read as
+# Mattermost's web client does. After an escape or code in them (![`]`](url), ![\\](url)) the clients
+# differ: so there, anything up to a later ]( counts.
 IMAGE = (r"!(?=\[(?:(?:\[[^\]]*\]|[^\[\]]|\](?=[^\[\]]*\]))*"
          r"|(?:\[[^][\\`<]*\]|[^][\\`<])*[\\`<].*?)\](?:\(|\s*\[))")
 UNSAFE = re.compile(f"{CHANNEL_MENTION}|{IMAGE}", re.IGNORECASE | re.DOTALL)
-# Where a text defines what [x] is, ![x] alone is an image, too.
+# Where a text defines what [x] is ([x]: url), ![x] alone is an image, too.
 DEFINITION = re.compile(r"^[\s>*+\-\d.)]*\[[^\]]+\]:", re.MULTILINE)
 PERHAPS_UNSAFE = re.compile(rf"{CHANNEL_MENTION}|!(?=\[)", re.IGNORECASE)
 FENCED = re.compile(r"^(`{3,}|~{3,})[\w.+-]*\n(?:(?!.*\1).*\n)*\1$", re.MULTILINE)
 TABLE = re.compile(r"^(?=.*\|)[ |:-]*-[ |:-]*$", re.MULTILINE)
 INLINE_CODE = re.compile(r"(?<!`)(`{1,2})(?!`)(?:(?!\1).)+\1(?!`)")
-# Prose that begins and ends nothing outside itself: links, emphasis, snake_case, bullets. What is
-# left may begin or end in code, for some reader of Markdown.
+# Prose that begins and ends nothing outside itself: [a](url), *a*, **a**, snake_case, a bullet.
+# What is left, a lone ` or * or [, may begin before code and end in it, for some reader of Markdown;
+# so may a \\ at the end of a line, or a URL, which goes on up to the next space.
 COMPLETE = re.compile(
     r"\[[^][<`*_~]*\](?:\([^()<`]*\)|(?!\())|(\*\*?|__?|~~)(?=\S)[^][<`*_~]+\1"
     r"|(?<=\w)_(?=\w)|^\s*[*+-] ")
@@ -304,9 +311,10 @@ def inline_code_in(text, start, end):
     table = TABLE.search(text, start, end)  # its cells may begin and end in code
     sure = True
     for line in text[start:end].split("\n"):
-        prose = [COMPLETE.sub("", part) for part in INLINE_CODE.split(line)[::2]]
+        prose = [COMPLETE.sub("", part) for part in INLINE_CODE.split(line)[::2]]  # not the ticks
         code = list(INLINE_CODE.finditer(line))
-        sure = ((sure or not line.strip()) and not any(map(LOOSE.search, prose))
+        paragraph_begins = not line.strip()
+        sure = ((sure or paragraph_begins) and not any(map(LOOSE.search, prose))
                 and not any(re.match(r"[^\[]*\]", one[0]) for one in code))
         if sure and not table:
             yield from ((start + one.start(), start + one.end()) for one in code)
@@ -326,7 +334,7 @@ def code_in(text):
 
 
 def harmless(text):
-    """Return Markdown that pings nobody but persons, and makes nobody's client load an image.
+    """Return Markdown that pings no whole channel, and makes nobody's client load an image.
 
     Nothing is changed in code: nothing can happen there, and people copy from it.
     """
@@ -347,29 +355,30 @@ def size_of(value):
     return len(value) if isinstance(value, list) else value
 
 
-def sound_part(thing, keys):
-    """Yield what is wrong with the keys of a JSON object; return the part that has the right types.
+def key_problems(thing, keys):
+    """Yield what is wrong with the keys of a JSON object.
 
     `keys` are those that it may have: each with its JSON type, and the least and the most that a
     number, the bytes of a text or the length of a list may be.
     """
-    sound = {}
-    for key, value in thing.items():
-        if key not in keys:
-            yield f"{key} is not one of {', '.join(keys)}"
-        elif type(value) is not keys[key][0]:
-            yield f"{key} must be {JSON_TYPES[keys[key][0]]}"
-        else:
-            sound[key] = value
+    yield from (f"{key} is not one of {', '.join(keys)}" for key in thing if key not in keys)
     for key, (kind, least, most) in keys.items():
-        if key not in thing and least:
-            yield f"{key} is missing"
-        elif key in sound:
-            size = size_of(sound[key])
-            if not least <= size <= most:
-                unit = {str: "bytes", list: "entries"}.get(kind, "as its value")
-                yield f"{key} must have {least} to {most} {unit}, not {size}"
-    return sound
+        if key not in thing:
+            if least:
+                yield f"{key} is missing"
+        elif type(thing[key]) is not kind:
+            yield f"{key} must be {JSON_TYPES[kind]}"
+        elif not least <= size_of(thing[key]) <= most:
+            unit = {str: "bytes", list: "entries"}.get(kind, "as its value")
+            yield f"{key} must have {least} to {most} {unit}, not {size_of(thing[key])}"
+    if not MENTION.fullmatch(str(thing.get("mention", "@nobody"))):
+        yield "mention must look like @team-or-user"
+
+
+def sound_part(thing, keys):
+    """Return the part of a JSON object whose keys are known and have the right types."""
+    return {key: value for key, value in thing.items()
+            if key in keys and type(value) is keys[key][0]}
 
 
 class Element:
@@ -392,9 +401,8 @@ class Element:
 
     def problems(self):
         """Yield what is wrong with the element, but for its keys."""
-        default = self.element.get("default")
-        if default:
-            _, problem = type(self)({**self.element, "optional": True}).read(default)
+        if default := clean(self.element.get("default", "")):
+            _, problem = self.accept(default)
             if problem:
                 yield f"default: {problem}"
 
@@ -402,7 +410,7 @@ class Element:
         """Return the element as Mattermost knows it."""
         return self.element
 
-    def read(self, value):
+    def answer_in(self, value):
         """Return the answer in a submitted value, or None, and what is wrong with it, or None.
 
         Clients leave out what was not touched, or send null or ""; a number may come as a text.
@@ -420,7 +428,7 @@ class Element:
         """Return the answer in a text that is not empty, and what is wrong with it, or None."""
         raise NotImplementedError
 
-    def lines(self, answer):
+    def markdown(self, answer):
         """Return what a ticket says of an answer."""
         raise NotImplementedError
 
@@ -459,7 +467,7 @@ class Text(Element):
             problem = NOT_A_URL
         return text, problem
 
-    def lines(self, answer):
+    def markdown(self, answer):
         return f"{self.label} {inline_code(untagged(answer.replace(chr(10), ' ')))}\n"
 
 
@@ -473,7 +481,7 @@ class Textarea(Text):
     def for_mattermost(self):
         return {key: value for key, value in self.element.items() if key != "code"}
 
-    def lines(self, answer):
+    def markdown(self, answer):
         if self.element.get("code"):
             return f"{self.label}\n{fenced(untagged(answer))}\n"
         lines = untagged(harmless(answer)).split("\n")
@@ -495,7 +503,7 @@ class Select(Element):
             if not isinstance(option, dict):
                 yield f"option {number} must be a JSON object"
                 continue
-            for problem in (*sound_part(option, self.option_keys), *mention_problems(option)):
+            for problem in key_problems(option, self.option_keys):
                 yield f"option {number}: {problem}"
             value = clean(str(option.get("value")))
             if option.get("value") and not value:
@@ -517,7 +525,7 @@ class Select(Element):
                 return option["value"], None
         return None, NOT_AN_OPTION
 
-    def lines(self, answer):
+    def markdown(self, answer):
         option = next(one for one in self.element["options"] if one["value"] == answer)
         mention = f" {option['mention']}" if "mention" in option else ""
         return f"{self.label} {inline_code(option['text'])}{mention}\n"
@@ -538,17 +546,11 @@ class Bool(Element):
         ticked = text.lower() == "true"
         return ticked, None if ticked or self.element.get("optional") else NOT_TICKED
 
-    def lines(self, answer):
+    def markdown(self, answer):
         return f"{self.label} `{YES if answer else NO}`\n"
 
 
 TYPES = {"text": Text, "textarea": Textarea, "select": Select, "radio": Select, "bool": Bool}
-
-
-def mention_problems(thing):
-    """Yield what is wrong with the mention of an option or a form."""
-    if not MENTION.fullmatch(str(thing.get("mention", "@nobody"))):
-        yield "mention must look like @team-or-user"
 
 
 def element_problems(element):
@@ -560,8 +562,8 @@ def element_problems(element):
     if not kind:
         yield f"type {element.get('type')!r} is not supported, only {', '.join(TYPES)}"
         return
-    sound = yield from sound_part(element, kind.keys)
-    yield from kind(sound).problems()
+    yield from key_problems(element, kind.keys)
+    yield from kind(sound_part(element, kind.keys)).problems()
 
 
 class Form:
@@ -589,12 +591,11 @@ class Form:
         if not isinstance(form, dict):
             yield "must be a JSON object"
             return
-        yield from (f"{key} is set by the service" for key in self.ours if key in form)
-        sound = yield from sound_part(
-            {key: value for key, value in form.items() if key not in self.ours}, self.keys)
-        yield from mention_problems(form)
+        yield from (f"{key} is for the service to set" for key in self.ours if key in form)
+        form = {key: value for key, value in form.items() if key not in self.ours}
+        yield from key_problems(form, self.keys)
         names = set()
-        for number, element in enumerate(sound.get("elements", []), 1):
+        for number, element in enumerate(sound_part(form, self.keys).get("elements", []), 1):
             name = str(element.get("name") or number) if isinstance(element, dict) else number
             yield from (f"element {name}: {problem}" for problem in element_problems(element))
             if name in names:
@@ -611,20 +612,20 @@ class Form:
                 return {**self.dialog, "elements": elements}, default == text
         return self.dialog, not text
 
-    def read(self, submission):
+    def answers_in(self, submission):
         """Return the answers in a submission, and what is wrong with them; both by element name."""
         answers, errors = {}, {}
         for element in self.elements:
-            answer, problem = element.read(submission.get(element.name))
+            answer, problem = element.answer_in(submission.get(element.name))
             if problem:
                 errors[element.name] = problem
             elif answer is not None:
                 answers[element.name] = answer
         return answers, errors
 
-    def lines(self, answers):
+    def markdown(self, answers):
         """Return the part of a ticket that shows the answers, in the order of the form."""
-        return "".join(element.lines(answers[element.name])
+        return "".join(element.markdown(answers[element.name])
                        for element in self.elements if element.name in answers)
 
 
@@ -714,7 +715,7 @@ class Setting(NamedTuple):
     """A variable: what it means, how its text is read, and what it is without one."""
 
     meaning: str
-    read: Callable  # of a text; raises ValueError with what is wrong
+    parse: Callable  # of a text; raises ValueError with what is wrong
     default: object = None  # None: there must be one
     in_file: bool = False  # whether <name>_FILE may name a file that holds it
 
@@ -761,7 +762,7 @@ def read_setting(environ, name):
         if not text:
             raise ValueError(f"of {name}_FILE: {path} is empty")
     if text:
-        return setting.read(text)
+        return setting.parse(text)
     if setting.default is None:
         raise ValueError(f"is missing: {setting.meaning}")
     return setting.default
@@ -1019,7 +1020,7 @@ def ticket_message(ticket_id, user_name, form, answers, thread_link=""):
         lines.append(THREAD.format(link=thread_link))
     if form.mention:
         lines.append(FOR.format(mention=form.mention))
-    return "\n".join([*lines, form.lines(answers)]).rstrip("\n")
+    return "\n".join([*lines, form.markdown(answers)]).rstrip("\n")
 
 
 # What the line may grow by: the longest user name has 64 characters.
@@ -1050,11 +1051,10 @@ def new_post(channel_id, message, pending_post_id, root_id="", **props):
 
 # ------------------------------------------------------------------------------- 6. Trust
 
-STATE_AGE = 24 * 60 * 60  # seconds
 DIGITS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's: none looks like another
 TICKET_ID = re.compile(rf"Ticket-[0-9]{{8}}-[{DIGITS}]{{4}}")
 IDS_PER_DAY = len(DIGITS) ** 4
-DAY, HOUR = 24 * 60 * 60, 60 * 60  # seconds
+DAY, HOUR = 24 * 60 * 60, 60 * 60  # seconds; the day is also how old a state may be
 
 
 class Seal:
@@ -1062,6 +1062,7 @@ class Seal:
 
     The keys are derived from the slash tokens, which prove that a request is Mattermost's: so the
     bot's token can change, and a slash token too, as long as the old one stands behind the new.
+    How they are derived, and what the purposes are called, is in every post with buttons.
     """
 
     def __init__(self, slash_tokens):
@@ -1087,7 +1088,7 @@ class Seal:
 
 
 class State(NamedTuple):
-    """Who asked for a ticket, where and when: what a dialog's state says."""
+    """Who asked for a ticket, where and when: what a dialog's state says, in this order."""
 
     user_id: str
     user_name: str
@@ -1103,7 +1104,7 @@ def opened_state(seal, submission, form):
     fields = seal.open("state", submission.state) or ()
     state = State(*fields) if len(fields) == len(State._fields) else None
     if not (state and state.user_id == submission.user_id and state.form == form.fingerprint
-            and time.time() - state.time <= STATE_AGE):
+            and time.time() - state.time <= DAY):
         raise Sorry(FORM_INVALID)
     return state
 
@@ -1111,8 +1112,9 @@ def opened_state(seal, submission, form):
 class TicketIds:
     """Ticket-YYYYMMDD-XXXX: the day (UTC) and its 1,048,576 IDs, spread evenly over the hours.
 
-    So IDs sort by time and need no storage. Each is later than the clock's and the last one's; but
-    not than one of more than an hour ahead, which came of a wrong reading of the clock.
+    So IDs sort by time and need no storage. The next one is that of now, or the one after the last
+    if that is later. (A last one that lies more than an hour ahead came of a wrong reading of the
+    clock, and does not count.)
     """
 
     def __init__(self, clock=time.time):
@@ -1179,8 +1181,8 @@ class NotAllowed(MattermostError):
     """A call about something that is not there for the bot: Mattermost says 400, 403 or 404."""
 
 
-def mattermost_error(answer, asked, keep_words):
-    """Return the error in an answer; `asked` says who was asked, for the log.
+def mattermost_error(answer, peer, keep_words):
+    """Return the error in an answer; `peer` says who was asked, for the log.
 
     Mattermost's own words are kept only where they can't hold a response hook.
     """
@@ -1193,7 +1195,7 @@ def mattermost_error(answer, asked, keep_words):
     # Its rate limit answers in plain text; the others are what proxies say when it is away.
     foreign = (answer.status not in (429, 502, 503, 504)
                and (error_id is None or meaning == "no API"))
-    reason = f"{asked} answered {answer.status}"
+    reason = f"{peer} answered {answer.status}"
     if foreign:
         reason += f", but {NOT_AS_MATTERMOST}"
     elif ERROR_ID.fullmatch(str(error_id)):  # plugins put their own words there
@@ -1206,7 +1208,10 @@ def mattermost_error(answer, asked, keep_words):
 
 
 class Deadline(threading.local):
-    """The time by which all that is done for a request must be over; a thread has one at a time."""
+    """The time by which all that a thread does for a request must be over.
+
+    Handler.answer_person() sets it, first for the answer and then for what follows it.
+    """
 
     ends = math.inf  # by time.monotonic()
 
@@ -1279,8 +1284,9 @@ class Answer(NamedTuple):
 class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     """Opens http and https URLs on connections that are kept for the next call.
 
-    A new TLS connection costs more time than all else in a call. Safe because each of our calls
-    may be repeated: a GET, a dialog, a hook, or a post with a pending_post_id.
+    A new TLS connection costs more time than all else in a call. One that dies may have brought
+    its request: nearly all of ours may be repeated (a GET, a dialog, a hook, a post with a
+    pending_post_id), and an ephemeral post that is seen twice does no harm.
     """
 
     most, longest = 64, 10  # idle connections, and seconds for which they are
@@ -1370,11 +1376,11 @@ class Mattermost:
         proxy = urllib.request.getproxies().get(url.scheme, "")
         if urllib.request.proxy_bypass(url.netloc):
             proxy = ""
-        self.asked = url.netloc  # for the log
+        self.peer = url.netloc  # who is asked, for the log
         if proxy:
             host = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}").netloc
             host = host.rpartition("@")[2]  # without name and password
-            self.asked += f" (through the proxy {host}: is NO_PROXY meant?)"
+            self.peer += f" (through the proxy {host}: is NO_PROXY meant?)"
         # With context=None, urllib would load all CA certificates even for http.
         self.connections = KeptConnections(
             settings.tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), bool(proxy))
@@ -1396,9 +1402,9 @@ class Mattermost:
             status = int(refused[1]) if refused else None
             foreign = status not in (None, 502, 503, 504)
             raise MattermostError(
-                f"no answer of {self.asked}: {error!r:.300}", status, foreign=foreign) from error
+                f"no answer of {self.peer}: {error!r:.300}", status, foreign=foreign) from error
         if answer.status not in (200, 201):
-            raise mattermost_error(answer, self.asked, keep_words=path == "/api/v4/posts")
+            raise mattermost_error(answer, self.peer, keep_words=path == "/api/v4/posts")
         return answer.body
 
     def call(self, method, path, payload=None, wanted=dict, limit=ANSWER_LIMIT):
@@ -1422,7 +1428,7 @@ class Mattermost:
     def odd_answer(self):
         """Return the error for an answer that means success, but that Mattermost would not give."""
         return MattermostError(
-            f"{self.asked} answered, but {NOT_AS_MATTERMOST}", 200, foreign=True)
+            f"{self.peer} answered, but {NOT_AS_MATTERMOST}", 200, foreign=True)
 
     def get_client_config(self):
         """Return the public configuration: `Version`, `SiteURL`, …, all of them texts."""
@@ -1549,7 +1555,7 @@ class Channels:
         """Return the channel that gets the ticket of somebody who typed /ticket in a channel."""
         return self.ticket_channel or channel_id
 
-    def check(self, channel_id, after):
+    def ensure(self, channel_id, after):
         """Be Sorry if the bot can't post in a channel, after a "command" or a "submission".
 
         A channel that Mattermost says nothing about is good until it refuses a post.
@@ -1559,16 +1565,16 @@ class Channels:
         try:
             if obstacle := self.obstacle(channel_id):
                 bot = matching(USER_NAME, self.mattermost.get_me().get("username"))
-                raise Sorry(CANT_POST[obstacle][self.key(after)].format(bot=bot))
+                raise Sorry(self.sentence(obstacle, after).format(bot=bot))
             self.good.remember(channel_id, True)
         except MattermostError as error:
             if error.status == 401:
                 raise Sorry(BAD_TOKEN) from error
             log.warning("channel=%s could not be looked at: %s", channel_id, error)
 
-    def key(self, after):
-        """Return the key of the sentence in CANT_POST, after a "command" or a "submission"."""
-        return "ticket channel" if self.ticket_channel else after
+    def sentence(self, obstacle, after):
+        """Return what is said of an obstacle after a "command" or a "submission"."""
+        return CANT_POST[obstacle]["ticket channel" if self.ticket_channel else after]
 
     def obstacle(self, channel_id):
         """Return why the bot can't post in a channel, a key of CANT_POST; "" if it can, now."""
@@ -1627,7 +1633,7 @@ class Channels:
                 self.good.forget(channel_id)
             if error.status != 403:
                 raise
-        self.check(channel_id, "submission")
+        self.ensure(channel_id, "submission")
         try:
             return self.mattermost.create_post(post)
         except NotAllowed:
@@ -1665,7 +1671,7 @@ def why(error, again, refused):
 def lock_in_time(lock, again):
     """Hold a lock; be Sorry, with a sentence, if it is not free for as long as there is time."""
     try:
-        held = lock.acquire(timeout=deadline.left(STATE_AGE))
+        held = lock.acquire(timeout=deadline.left(DAY))
     except TimeoutError:
         held = False
     if not held:
@@ -1677,7 +1683,7 @@ def lock_in_time(lock, again):
 
 
 class Change(NamedTuple):
-    """What a press makes of a ticket; in its props under the same names."""
+    """What a ticket is by the last press, or will be by the next; in its props under these names."""
 
     status: str
     status_by: str  # user name
@@ -1824,7 +1830,9 @@ class Dialog:
 
     asked: State
     hook: str = ""
-    unanswered: float = math.inf  # when it was sent for the first time, by time.monotonic()
+    # When its ticket was sent for the first time, by time.monotonic(), as far as nothing was said
+    # to it: inf if it was not sent, -inf if that may have been before we started.
+    unanswered: float = math.inf
     lock: threading.Lock = field(default_factory=threading.Lock)
     ticket_id: str = ""
     post_id: str = ""
@@ -1839,7 +1847,9 @@ class Desk:
     What reacts to a request yields its answer; what comes after that is done when it has gone out.
     """
 
-    known_there = 10  # seconds; Mattermost knows a pending_post_id for 30, and we try for 20
+    # Mattermost knows a pending_post_id for 30 s. The last try of a submission that begins within
+    # this time begins 15 s later at the most (Mattermost.patience without a last call's timeout).
+    known_there = 10  # seconds
     clocks_differ = 300  # seconds, Mattermost's and ours, at most
     wait_at_stop = 10  # seconds
 
@@ -1865,7 +1875,7 @@ class Desk:
     def on_slash_command(self, command):
         """Open the form; yield the answer to the command."""
         self.prove("SLASH_TOKEN fits: a /ticket has come")
-        self.channels.check(self.channels.target(command.channel_id), "command")
+        self.channels.ensure(self.channels.target(command.channel_id), "command")
         asked = State(command.user_id, command.user_name, command.channel_id, command.root_id,
                       int(time.time()), self.form.fingerprint, secrets.token_urlsafe(24))
         self.dialogs.remember(asked.nonce, Dialog(asked, command.hook))
@@ -1888,7 +1898,7 @@ class Desk:
             return
         asked = opened_state(self.seal, submission, self.form)
         self.prove("CALLBACK_URL works: a form has come back")
-        answers, errors = self.form.read(submission.answers)
+        answers, errors = self.form.answers_in(submission.answers)
         if errors:
             yield {"errors": errors}
             return
@@ -1976,7 +1986,7 @@ class Desk:
         changed before it was submitted again.
         """
         asked, posted = dialog.asked, fingerprint(answers)
-        message = f"{CHANGED.format(user_name=asked.user_name)}\n{self.form.lines(answers)}"
+        message = f"{CHANGED.format(user_name=asked.user_name)}\n{self.form.markdown(answers)}"
         self.channels.reply(self.channels.target(asked.channel_id), dialog.post_id,
                             message.rstrip("\n"), self.nonces(f"changed {posted}", dialog)[0])
         dialog.posted = posted
@@ -1985,7 +1995,7 @@ class Desk:
         """Return the sentence for somebody whose ticket Mattermost did not take."""
         if error.meaning == "archived":
             self.channels.good.forget(self.channels.target(dialog.asked.channel_id))
-            return CANT_POST["archived"][self.channels.key("submission")]
+            return self.channels.sentence("archived", "submission")
         if error.meaning == "too long" or error.status == 413:
             return TOO_LONG_THERE
         return why(error, NOT_REACHED,
@@ -2534,7 +2544,7 @@ def log_checks(desk, port):
         log.log(LEVELS[level], "%s", sentence)
 
 
-def check(settings):
+def print_checks(settings):
     """Print what is fine and what is not; return the exit status."""
     desk, levels = Desk(settings), set()
     for level, sentence in checks(desk, settings.port):
@@ -2609,7 +2619,7 @@ def main(arguments, environ):
         print(error, file=sys.stderr)
         return 2
     if chosen.check:
-        return check(settings)
+        return print_checks(settings)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     return serve(settings)
 
