@@ -59,9 +59,9 @@ log = logging.getLogger("ticket")
 # Mattermost's own dialog object, as it goes over the wire:
 # https://developers.mattermost.com/integrate/plugins/interactive-dialogs/
 # One entry is the field in the dialog, the rule its answer is checked by, and the line in the
-# ticket. Keys of ours are "mention": "@team-or-user", which goes from an option into the tickets that
-# chose it, and from the form itself into every ticket, and "code": True, which shows what is typed
-# in a textarea in a code block.
+# ticket. Keys of ours are "mention": "@team-or-user", which goes from an option into the tickets
+# that chose it, and from the form itself into every ticket, and "code": True, which shows what is
+# typed in a textarea in a code block.
 FORM = {
     "title": "New ticket",
     "submit_label": "Create ticket",
@@ -232,7 +232,8 @@ TOO_LONG = "Please write at most {limit} characters: {excess} are too many."
 # Mattermost only logs what breaks these limits, but refuses a whole dialog for a wrong JSON type.
 LABEL_BYTES, NAME_BYTES, HELP_BYTES, LONG_BYTES = 24, 300, 150, 3000
 NUMBER_LIMIT, LIST_LIMIT = 2**31 - 1, 10_000
-JSON_TYPES = {str: "a text", bool: "true or false", int: "a whole number", list: "a list"}
+JSON_TYPES = {str: ("a text", "bytes"), bool: ("true or false", ""),
+              int: ("a whole number", "as its value"), list: ("a list", "entries")}
 SUBTYPES = ("", "text", "email", "number", "tel", "url")
 MENTION = re.compile(r"@[\w.-]+")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -244,8 +245,8 @@ TAG_NAMES = "|".join(status.tag[1:] for status in STATUSES.values())
 STATUS_TAG = re.compile(rf"#(?=(?:{TAG_NAMES})(?![-_.]*[^\W_]))", re.IGNORECASE)
 CHANNEL_MENTION = r"(?<![^\W_])@(?=(?:all|channel|here)(?![^\W_]))"
 # ![a](url), ![a [b]][name], but not vec![1]: what follows the brackets, which are read as
-# Mattermost's web client does. After an escape or code in them (![`]`](url), ![\\](url)) the clients
-# differ: so there, anything up to a later ]( counts.
+# Mattermost's web client does. After an escape or code in them (![`]`](url), ![\\](url)) the
+# clients differ: so there, anything up to a later ]( counts.
 IMAGE = (r"!(?=\[(?:(?:\[[^\]]*\]|[^\[\]]|\](?=[^\[\]]*\]))*"
          r"|(?:\[[^][\\`<]*\]|[^][\\`<])*[\\`<].*?)\](?:\(|\s*\[))")
 UNSAFE = re.compile(f"{CHANNEL_MENTION}|{IMAGE}", re.IGNORECASE | re.DOTALL)
@@ -256,8 +257,8 @@ FENCED = re.compile(r"^(`{3,}|~{3,})[\w.+-]*\n(?:(?!.*\1).*\n)*\1$", re.MULTILIN
 TABLE = re.compile(r"^(?=.*\|)[ |:-]*-[ |:-]*$", re.MULTILINE)
 INLINE_CODE = re.compile(r"(?<!`)(`{1,2})(?!`)(?:(?!\1).)+\1(?!`)")
 # Prose that begins and ends nothing outside itself: [a](url), *a*, **a**, snake_case, a bullet.
-# What is left, a lone ` or * or [, may begin before code and end in it, for some reader of Markdown;
-# so may a \\ at the end of a line, or a URL, which goes on up to the next space.
+# What is left, a lone ` or * or [, may begin before code and end in it, for some reader of
+# Markdown; so may a \\ at the end of a line, or a URL, which goes on up to the next space.
 COMPLETE = re.compile(
     r"\[[^][<`*_~]*\](?:\([^()<`]*\)|(?!\())|(\*\*?|__?|~~)(?=\S)[^][<`*_~]+\1"
     r"|(?<=\w)_(?=\w)|^\s*[*+-] ")
@@ -367,10 +368,9 @@ def key_problems(thing, keys):
             if least:
                 yield f"{key} is missing"
         elif type(thing[key]) is not kind:
-            yield f"{key} must be {JSON_TYPES[kind]}"
-        elif not least <= size_of(thing[key]) <= most:
-            unit = {str: "bytes", list: "entries"}.get(kind, "as its value")
-            yield f"{key} must have {least} to {most} {unit}, not {size_of(thing[key])}"
+            yield f"{key} must be {JSON_TYPES[kind][0]}"
+        elif not least <= (size := size_of(thing[key])) <= most:
+            yield f"{key} must have {least} to {most} {JSON_TYPES[kind][1]}, not {size}"
     if not MENTION.fullmatch(str(thing.get("mention", "@nobody"))):
         yield "mention must look like @team-or-user"
 
@@ -1683,7 +1683,7 @@ def lock_in_time(lock, again):
 
 
 class Change(NamedTuple):
-    """What a ticket is by the last press, or will be by the next; in its props under these names."""
+    """What a press makes of a ticket, or has made of it; in its props under the same names."""
 
     status: str
     status_by: str  # user name
@@ -1829,6 +1829,7 @@ class Dialog:
     """
 
     asked: State
+    channel_id: str  # where its ticket goes
     hook: str = ""
     # When its ticket was sent for the first time, by time.monotonic(), as far as nothing was said
     # to it: inf if it was not sent, -inf if that may have been before we started.
@@ -1875,10 +1876,11 @@ class Desk:
     def on_slash_command(self, command):
         """Open the form; yield the answer to the command."""
         self.prove("SLASH_TOKEN fits: a /ticket has come")
-        self.channels.ensure(self.channels.target(command.channel_id), "command")
+        channel_id = self.channels.target(command.channel_id)
+        self.channels.ensure(channel_id, "command")
         asked = State(command.user_id, command.user_name, command.channel_id, command.root_id,
                       int(time.time()), self.form.fingerprint, secrets.token_urlsafe(24))
-        self.dialogs.remember(asked.nonce, Dialog(asked, command.hook))
+        self.dialogs.remember(asked.nonce, Dialog(asked, channel_id, command.hook))
         dialog, complete = self.form.prefilled(command.text)
         dialog = {**dialog, "state": self.seal.sign("state", *asked)}
         try:
@@ -1903,7 +1905,8 @@ class Desk:
             yield {"errors": errors}
             return
         # One that is not remembered, as it was opened before the last start, may have a ticket.
-        dialog = self.dialogs.remember(asked.nonce, Dialog(asked, unanswered=-math.inf))
+        dialog = self.dialogs.remember(asked.nonce, Dialog(
+            asked, self.channels.target(asked.channel_id), unanswered=-math.inf))
         with lock_in_time(dialog.lock, NOT_REACHED):
             try:
                 if not dialog.post_id:
@@ -1938,7 +1941,7 @@ class Desk:
         dialog.posted = fingerprint(made["props"]["ticket"].get("answers"))
         dialog.has_reply = dialog.has_reply or bool(made.get("reply_count"))
         log.info("ticket=%s user=%s channel=%s post=%s", dialog.ticket_id, dialog.asked.user_name,
-                 post["channel_id"], dialog.post_id)
+                 dialog.channel_id, dialog.post_id)
 
     def ticket_post(self, dialog, answers, nonce):
         """Return the post of a ticket, as Mattermost gets it."""
@@ -1951,9 +1954,8 @@ class Desk:
         ticket = {"user_id": asked.user_id, "user_name": asked.user_name, "answers": answers,
                   "created_at": now, "nonce": nonce,
                   "status": "open", "status_by": asked.user_name, "status_at": now}
-        return new_post(self.channels.target(asked.channel_id), message, nonce, is_ticket=True,
-                        ticket_id=ticket_id, ticket=ticket,
-                        attachments=self.presses.buttons(ticket_id, ticket))
+        return new_post(dialog.channel_id, message, nonce, is_ticket=True, ticket_id=ticket_id,
+                        ticket=ticket, attachments=self.presses.buttons(ticket_id, ticket))
 
     def nonces(self, purpose, dialog):
         """Return what may name a post of a dialog: with the first slash token, and with the others.
@@ -1964,10 +1966,9 @@ class Desk:
 
     def earlier_ticket(self, dialog, nonces):
         """Return the post that an earlier submission of the same dialog made, or None."""
-        asked, posts = dialog.asked, []
+        posts, since = [], dialog.asked.time - self.clocks_differ
         with contextlib.suppress(NotAllowed):  # a bot that may post everywhere may not read
-            posts = self.mattermost.get_channel_posts(
-                self.channels.target(asked.channel_id), (asked.time - self.clocks_differ) * 1000)
+            posts = self.mattermost.get_channel_posts(dialog.channel_id, since * 1000)
         me = self.mattermost.get_me()["id"]
         ours = [post for post in posts if isinstance(post, dict) and post.get("user_id") == me]
         for post in ours:
@@ -1985,16 +1986,16 @@ class Desk:
         That is so if an earlier attempt made the ticket, its answer was lost, and the form was
         changed before it was submitted again.
         """
-        asked, posted = dialog.asked, fingerprint(answers)
-        message = f"{CHANGED.format(user_name=asked.user_name)}\n{self.form.markdown(answers)}"
-        self.channels.reply(self.channels.target(asked.channel_id), dialog.post_id,
-                            message.rstrip("\n"), self.nonces(f"changed {posted}", dialog)[0])
+        posted, changed = fingerprint(answers), CHANGED.format(user_name=dialog.asked.user_name)
+        message = f"{changed}\n{self.form.markdown(answers)}".rstrip("\n")
+        self.channels.reply(dialog.channel_id, dialog.post_id, message,
+                            self.nonces(f"changed {posted}", dialog)[0])
         dialog.posted = posted
 
     def why_not_filed(self, error, dialog):
         """Return the sentence for somebody whose ticket Mattermost did not take."""
         if error.meaning == "archived":
-            self.channels.good.forget(self.channels.target(dialog.asked.channel_id))
+            self.channels.good.forget(dialog.channel_id)
             return self.channels.sentence("archived", "submission")
         if error.meaning == "too long" or error.status == 413:
             return TOO_LONG_THERE
@@ -2024,8 +2025,8 @@ class Desk:
         if dialog.has_reply:
             return
         try:
-            self.channels.reply(self.channels.target(dialog.asked.channel_id), dialog.post_id,
-                                REPLY, self.nonces("reply", dialog)[0])
+            self.channels.reply(dialog.channel_id, dialog.post_id, REPLY,
+                                self.nonces("reply", dialog)[0])
         except (Sorry, MattermostError) as error:
             log.warning("ticket=%s has no reply: %s", dialog.ticket_id, error)
 
