@@ -1238,6 +1238,21 @@ class CommandTest(Case):
         self.assert_given_back(self.mattermost.run_command(TYPED), ticket_service.FORM_NOT_OPENED)
         self.assert_logged("WARNING .*no answer of 127.0.0.1:9: ConnectionRefusedError")
 
+    def test_a_name_server_that_says_nothing_is_not_waited_for(self):
+        def look_up(host, *details, **more):
+            if host == "nowhere.test":
+                time.sleep(0.5)
+            return known(host, *details, **more)
+
+        # The only patch: a name server can't be stood in for without rights.
+        known, socket.getaddrinfo = socket.getaddrinfo, look_up
+        self.addCleanup(setattr, socket, "getaddrinfo", known)
+        self.start_service(MATTERMOST_URL="http://nowhere.test")
+        self.service.desk.mattermost.timeout = 0.05
+        began = time.monotonic()
+        self.assert_given_back(self.mattermost.run_command(TYPED), ticket_service.FORM_NOT_OPENED)
+        self.assertLess(time.monotonic() - began, 0.5)
+
     def test_a_redirect_is_not_followed_and_named_in_the_log(self):
         elsewhere = self.start_stand_in()
         location = f"Location: {elsewhere.url}/\r\n".encode()
@@ -2876,13 +2891,12 @@ class SettingsTest(unittest.TestCase):
             with self.assertRaisesRegex(ticket_service.SettingsError, "SLASH_TOKEN .*UTF-8"):
                 self.read(SLASH_TOKEN="", SLASH_TOKEN_FILE=str(file))
 
-    def test_https_needs_a_certificate_to_trust(self):
-        https = {"MATTERMOST_URL": "https://localhost"}
+    def test_the_certificates_to_trust_must_be_there(self):
         for path in ("/nowhere", os.devnull, str(HERE)):
-            with self.subTest(path), self.assertRaisesRegex(
-                    ticket_service.SettingsError, "^SSL_CERT_FILE "):
-                self.read(**https, SSL_CERT_FILE=path)
-        self.read(SSL_CERT_FILE="/nowhere")  # http does not care
+            for url in ("https://localhost", "http://localhost", "localhost"):
+                with self.subTest(path=path, url=url), self.assertRaisesRegex(
+                        ticket_service.SettingsError, f"(?m)^SSL_CERT_FILE .*{path}"):
+                    self.read(MATTERMOST_URL=url, SSL_CERT_FILE=path)
 
 
 # ------------------------------------------------------------------------------------- the IDs

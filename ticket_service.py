@@ -32,6 +32,7 @@ import json
 import logging
 import math
 import os
+import queue
 import re
 import resource
 import secrets
@@ -770,7 +771,10 @@ def read_setting(environ, name):
 
 def tls_context(ca_file):
     """Return what verifies certificates; ssl itself says nothing when it has nobody to trust."""
-    context = ssl.create_default_context(cafile=ca_file or None)
+    try:
+        context = ssl.create_default_context(cafile=ca_file or None)
+    except OSError as error:
+        raise ValueError(f"can't be used: {ca_file}: {error}") from error
     # On by default from Python 3.13: it refuses private CAs that curl, Go and browsers accept.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     directory = ssl.get_default_verify_paths().capath
@@ -798,7 +802,7 @@ class Settings:
     host: str  # "" for all addresses
     ticket_channel: str  # "" for the channel where /ticket is typed
     form: Form
-    tls: ssl.SSLContext | None  # None where Mattermost is reached over http
+    tls: ssl.SSLContext | None  # None if all is http
 
     @classmethod
     def from_environment(cls, environ):
@@ -815,7 +819,7 @@ class Settings:
         values = {name: attempt(name, read_setting, environ, name) for name in SETTINGS}
         form = values["FORM_FILE"] or attempt("FORM", Form, FORM)
         tls = None
-        if str(values["MATTERMOST_URL"]).startswith("https:"):
+        if values["SSL_CERT_FILE"] or str(values["MATTERMOST_URL"]).startswith("https:"):
             tls = attempt("SSL_CERT_FILE", tls_context, values["SSL_CERT_FILE"])
         if str(values["BOT_TOKEN"]).encode() in (values["SLASH_TOKEN"] or ()):
             problems.append("SLASH_TOKEN is the bot's token: it must be that of the slash command")
@@ -978,7 +982,7 @@ class Press:
 # Without escapes: they would push a long ticket over Mattermost's limit of 300,000 bytes.
 JSON = json.JSONEncoder(ensure_ascii=False)
 MESSAGE_LIMIT = 16383  # characters in a post
-STATUS_LINE_BEGINS = "|".join(
+STATUS_LINE_BEGINS = "|".join(  # **Status:** #ticket-open, …: each line up to its tag
     re.escape("".join(status.line.partition(status.tag)[:2])) for status in STATUSES.values())
 STATUS_LINE = re.compile(rf"^(?:{STATUS_LINE_BEGINS})(?![\w-]).*$", re.MULTILINE)
 
@@ -1281,6 +1285,30 @@ class Answer(NamedTuple):
         return cls(response.status, response.headers, body)
 
 
+def connect_in_time(connect, seconds):
+    """Connect, or raise TimeoutError; the time-out of a socket does not see to that.
+
+    It does not hold for the look-up of a name, which takes up to a minute if no name server
+    answers, and begins anew with each address of a host.
+    """
+    left = deadline.left(seconds)
+    outcome: queue.SimpleQueue = queue.SimpleQueue()
+
+    def attempt():
+        try:
+            outcome.put(connect())
+        except Exception as error:
+            outcome.put(error)
+
+    try:
+        threading.Thread(target=attempt, daemon=True).start()
+        failure = outcome.get(timeout=left)
+    except (queue.Empty, RuntimeError) as error:  # RuntimeError: no thread is left
+        raise TimeoutError("no connection in time") from error
+    if failure:
+        raise failure
+
+
 class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     """Opens http and https URLs on connections that are kept for the next call.
 
@@ -1301,6 +1329,8 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         def new_connection(host, **more):
             connection = http_class(host, **more)
             connection.response_class = TimedResponse
+            connection.connect = functools.partial(
+                connect_in_time, connection.connect, req.timeout)
             return connection
 
         if self.proxied:
@@ -1583,7 +1613,7 @@ class Channels:
             channel = self.mattermost.get_channel(channel_id)
         except NotAllowed as error:
             if error.status == 404:
-                return "unknown"
+                return "unknown"  # else it is private, and the bot is not in it
         if channel.get("delete_at"):  # an archived channel can be joined all the same
             return "archived"
         if channel.get("type") == "D":  # with the bot: nobody else would see the ticket
@@ -1692,10 +1722,10 @@ class Change(NamedTuple):
 
 @dataclass(slots=True)
 class LastPress:
-    """What the last press of a ticket's button makes of it, while its post may not yet say so."""
+    """The last press of a ticket's buttons: held while it is judged."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    change: Change | None = None
+    change: Change | None = None  # answered, but neither true nor lost so far
 
 
 class Presses:
@@ -2380,7 +2410,7 @@ class Server(http.server.ThreadingHTTPServer):
             connection.refused = refused
         self.forget(connection)
         if connection.refused or connection.head.path == HEALTH:
-            self.process_request_thread(connection, connection.address)
+            self.process_request_thread(connection, connection.address)  # here, without a thread
         else:
             self.process_request(connection, connection.address)
 
