@@ -187,7 +187,7 @@ CANT_POST = {
     },
 }
 
-# Instead of the form, after `/ticket`.
+# After `/ticket`, instead of the form; the last two also beside it.
 FORM_LATE = "The form came too late for Mattermost. Please type `/ticket` again."
 FORM_NOT_OPENED = "Mattermost did not open the form. Please type `/ticket` again in a moment."
 FORM_REFUSED = "Mattermost refused to open the form. Please tell your Mattermost admin."
@@ -198,6 +198,8 @@ WHAT_YOU_TYPED = "What you typed:"
 BAD_TOKEN = "Mattermost does not accept the bot's token. Please tell your Mattermost admin."
 IN_BETWEEN = ("Something between the ticket service and Mattermost refused it ({status}). "
               "Please tell your admin.")
+IN_PLACE = ("Something between the ticket service and Mattermost answered in its place. Please "
+            "tell your admin.")
 OUR_FAULT = "Something went wrong in the ticket service. Please try again, or tell your admin."
 
 # In the form, above its buttons.
@@ -213,6 +215,8 @@ TOO_LONG_THERE = "The ticket is too long for this Mattermost. Please shorten it 
 NOT_OUR_BUTTON = ("This button does not belong to a ticket of this service; nothing was changed. "
                   "Please tell your Mattermost admin.")
 PRESS_AGAIN = "Mattermost does not answer; nothing was changed. Press again in a moment."
+NOT_READ = ("Mattermost could not read the ticket; nothing was changed. Please tell your "
+            "Mattermost admin.")
 NOT_READABLE = ("The ticket's bot can't read this channel any more; nothing was changed. Invite "
                 "it again, then press again.")
 
@@ -252,10 +256,10 @@ IMAGE = (r"!(?=\[(?:(?:\[[^\]]*\]|[^\[\]]|\](?=[^\[\]]*\]))*"
          r"|(?:\[[^][\\`<]*\]|[^][\\`<])*[\\`<].*?)\](?:\(|\s*\[))")
 UNSAFE = re.compile(f"{CHANNEL_MENTION}|{IMAGE}", re.IGNORECASE | re.DOTALL)
 # Where a text defines what [x] is ([x]: url), ![x] alone is an image, too.
-DEFINITION = re.compile(r"^[\s>*+\-\d.)]*\[[^\]]+\]:", re.MULTILINE)
+DEFINITION = re.compile(r"^[ \t>*+\-\d.)]*+\[[^\]]++\]:", re.MULTILINE)
 PERHAPS_UNSAFE = re.compile(rf"{CHANNEL_MENTION}|!(?=\[)", re.IGNORECASE)
 FENCED = re.compile(r"^(`{3,}|~{3,})[\w.+-]*\n(?:(?!.*\1).*\n)*\1$", re.MULTILINE)
-TABLE = re.compile(r"^(?=.*\|)[ |:-]*-[ |:-]*$", re.MULTILINE)
+TABLE = re.compile(r"^(?=.*\|)(?=.*-)[ |:-]*+$", re.MULTILINE)
 INLINE_CODE = re.compile(r"(?<!`)(`{1,2})(?!`)(?:(?!\1).)+\1(?!`)")
 # Prose that begins and ends nothing outside itself: [a](url), *a*, **a**, snake_case, a bullet.
 # What is left, a lone ` or * or [, may begin before code and end in it, for some reader of
@@ -645,11 +649,14 @@ def text_of_file(path, most):
     """Return the text in a file, at most so many characters; editors may put a mark before it."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return file.read(most)
+            text = file.read(most + 1)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text in UTF-8") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"can't be read: {error}") from error
+    if len(text) > most:
+        raise ValueError(f"{path} is longer than {most} characters")
+    return text
 
 
 def read_form(path):
@@ -836,6 +843,7 @@ FORM_FIELDS = 1000  # Mattermost repeats keys for everybody who is mentioned in 
 JSON_DEPTH = 100
 JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 USER_NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)  # a colon in those of shared channels
+TOKEN_FIELD = re.compile(rb"(?:^|&)token=([^&]*)")
 HOOK = re.compile(r"/([A-Za-z0-9]+)$")
 
 
@@ -856,14 +864,20 @@ def with_cause(error):
     return f"{error} ({error.__cause__})" if error.__cause__ else str(error)
 
 
+def brackets_in(text):
+    """Return how many brackets could be open at a time in a JSON text."""
+    return text.count("[") + text.count("{")
+
+
 def json_object(body):
     """Return the JSON object in the body of a request."""
     try:
         # json would also take UTF-16 and UTF-32, in which the brackets can't be counted as here.
         text = body.decode()
-        outside = JSON_STRING.sub("", text)  # people paste JSON and stack traces into a ticket
-        if outside.count("[") + outside.count("{") > JSON_DEPTH:
-            raise Refused(400, "the JSON is nested too deeply")  # json could crash the thread
+        # People paste JSON and stack traces into a ticket; what is nested could crash the thread.
+        if (brackets_in(text) > JSON_DEPTH
+                and brackets_in(JSON_STRING.sub("", text)) > JSON_DEPTH):
+            raise Refused(400, "the JSON is nested too deeply")
         value = json.loads(text)
     except ValueError as error:
         raise Refused(400, "the body is not JSON") from error
@@ -911,14 +925,17 @@ class SlashCommand:
     @classmethod
     def from_body(cls, body, settings):
         """Read the body, a form; its token must be one of ours."""
+        # Looked at first: to read all of a form takes a hundred times as long.
+        match = TOKEN_FIELD.search(body)
+        token = urllib.parse.unquote_to_bytes(match[1]) if match else b""
+        if fault := token_fault(token, settings.slash_tokens):
+            raise Refused(401, "SLASH_TOKEN does not hold the token of this slash command") from (
+                ValueError(fault))
         try:
             fields = dict(urllib.parse.parse_qsl(
                 body.decode(), keep_blank_values=True, max_num_fields=FORM_FIELDS))
         except ValueError as error:
             raise Refused(400, "the body is not a form") from error
-        if fault := token_fault(fields.get("token", "").encode(), settings.slash_tokens):
-            raise Refused(401, "SLASH_TOKEN does not hold the token of this slash command") from (
-                ValueError(fault))
         user_id, channel_id, root_id = (
             matching(ID, fields.get(name)) for name in ("user_id", "channel_id", "root_id"))
         user_name = matching(USER_NAME, fields.get("user_name"))
@@ -1361,10 +1378,11 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         return answer
 
     def keep(self, connection):
-        """Keep an idle connection for the next call."""
-        self.idle.append((connection, time.monotonic()))
-        if len(self.idle) > self.most:
-            with contextlib.suppress(IndexError):  # another thread was faster
+        """Keep an idle connection for the next call; close those that were kept for long."""
+        now = time.monotonic()
+        self.idle.append((connection, now))
+        with contextlib.suppress(IndexError):  # another thread was faster
+            while len(self.idle) > self.most or now - self.idle[0][1] > self.longest:
                 self.idle.popleft()[0].close()
 
     def take(self):
@@ -1512,16 +1530,19 @@ class Mattermost:
         posts = answer.get("posts")
         return list(posts.values()) if isinstance(posts, dict) else []
 
-    def create_post(self, post):
+    def create_post(self, post, find=lambda: None):
         """Return a post as it has been made: `id`, `props`, …
 
-        Tried again and again while Mattermost is away: all tries make one post.
+        Tried again and again while Mattermost is away. All tries make one post, as long as it does
+        not start anew in between: so after a try that may have worked, find() looks for the post.
         """
         pause, ends = self.pause, time.monotonic() + self.patience
+        unsure = False
         while True:
             try:
-                return self.call_for_id("POST", "/posts", post)
+                return (unsure and find()) or self.call_for_id("POST", "/posts", post)
             except MattermostError as error:
+                unsure = error.may_have_worked = unsure or error.may_have_worked
                 wait = error.retry_after or pause
                 left = min(ends, deadline.ends) - time.monotonic()
                 if not error.may_pass or wait + self.timeout > left:
@@ -1598,7 +1619,7 @@ class Channels:
                 raise Sorry(self.sentence(obstacle, after).format(bot=bot))
             self.good.remember(channel_id, True)
         except MattermostError as error:
-            if error.status == 401:
+            if error.status == 401 and not error.foreign:
                 raise Sorry(BAD_TOKEN) from error
             log.warning("channel=%s could not be looked at: %s", channel_id, error)
 
@@ -1653,11 +1674,11 @@ class Channels:
             log.debug("the bot's roles can't be read: %r", error)
             return True
 
-    def create_post(self, post):
+    def create_post(self, post, find=lambda: None):
         """Return a post as it has been made; where the bot is no longer a member, join first."""
         channel_id = post["channel_id"]
         try:
-            return self.mattermost.create_post(post)
+            return self.mattermost.create_post(post, find)
         except NotAllowed as error:
             if error.status != 400:  # which is about the post
                 self.good.forget(channel_id)
@@ -1665,7 +1686,7 @@ class Channels:
                 raise
         self.ensure(channel_id, "submission")
         try:
-            return self.mattermost.create_post(post)
+            return self.mattermost.create_post(post, find)
         except NotAllowed:
             self.good.forget(channel_id)
             raise
@@ -1690,10 +1711,10 @@ def is_ticket(post, nonces):
 
 def why(error, again, refused):
     """Return the sentence for a person whose call failed: it may work again, or it is refused."""
+    if error.foreign:
+        return IN_PLACE if error.status == 200 else IN_BETWEEN.format(status=error.status)
     if error.status == 401:
         return BAD_TOKEN
-    if error.foreign:
-        return IN_BETWEEN.format(status=error.status)
     return again if error.may_pass else refused
 
 
@@ -1771,9 +1792,8 @@ class Presses:
         ticket_id, status_at, wanted = fields
         last = self.last.remember(ticket_id, LastPress())
         with lock_in_time(last.lock, PRESS_AGAIN):
-            pending = last.change  # before the post is read: it may come true in between
             post = self.ticket_post(press.post_id, ticket_id)
-            now = pending or self.shown(post)
+            now = last.change or self.shown(post)
             same = wanted == "taken" and (now.status, now.status_by) == ("taken", press.user_name)
             if now.status_at != status_at or same or wanted not in STATUSES[now.status].leads_to:
                 raise Sorry(STATUSES[now.status].already.format(user_name=now.status_by))
@@ -1783,15 +1803,17 @@ class Presses:
             yield {"update": self.changed(post, change)}
             self.tell_thread(post, change)
         finally:
-            if last.change is change:
-                last.change = None
+            with last.lock:  # not while a press is judged that has read the old post
+                if last.change is change:
+                    last.change = None
 
     def ticket_post(self, post_id, ticket_id):
         """Return the post of a ticket as it is now, if the bot has written it."""
         try:
             post, me = self.mattermost.get_post(post_id), self.mattermost.get_me()
         except MattermostError as error:
-            raise Sorry(why(error, PRESS_AGAIN, NOT_READABLE)) from error
+            refused = NOT_READABLE if isinstance(error, NotAllowed) else NOT_READ
+            raise Sorry(why(error, PRESS_AGAIN, refused)) from error
         if not (self.shown(post) and post["props"].get("ticket_id") == ticket_id
                 and post.get("user_id") == me["id"] and isinstance(post.get("message"), str)
                 and matching(ID, post.get("channel_id"))):
@@ -1821,8 +1843,8 @@ class Presses:
         """Tell everybody who follows a ticket what has become of it, once it has."""
         ticket_id = post["props"]["ticket_id"]
         if not self.becomes_true(post["id"], change):
-            log.warning("ticket=%s did not become %s by user=%s: Mattermost lost the answer",
-                        ticket_id, change.status, change.status_by)
+            log.warning("ticket=%s was not seen to become %s by user=%s: Mattermost may have lost "
+                        "the answer", ticket_id, change.status, change.status_by)
             return
         log.info("ticket=%s status=%s user=%s", ticket_id, change.status, change.status_by)
         try:
@@ -1852,8 +1874,8 @@ class Dialog:
     | it is      | since                                        | and a submission           |
     |------------|----------------------------------------------|----------------------------|
     | open       | /ticket was typed                            | posts the ticket           |
-    | unanswered | Mattermost was sent the ticket and said      | posts it again; after 10 s |
-    |            | nothing, or we have started: `unanswered`    | looks for it first         |
+    | unanswered | Mattermost was sent the ticket and said      | looks for the ticket, and  |
+    |            | nothing, or we have started: `unanswered`    | posts it if there is none  |
     | filed      | there is a ticket: `post_id`                 | posts what is new in it    |
     | confirmed  | a submission was answered with success       | is not confirmed again     |
     """
@@ -1861,9 +1883,7 @@ class Dialog:
     asked: State
     channel_id: str  # where its ticket goes
     hook: str = ""
-    # When its ticket was sent for the first time, by time.monotonic(), as far as nothing was said
-    # to it: inf if it was not sent, -inf if that may have been before we started.
-    unanswered: float = math.inf
+    unanswered: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
     ticket_id: str = ""
     post_id: str = ""
@@ -1878,9 +1898,6 @@ class Desk:
     What reacts to a request yields its answer; what comes after that is done when it has gone out.
     """
 
-    # Mattermost knows a pending_post_id for 30 s. The last try of a submission that begins within
-    # this time begins 15 s later at the most (Mattermost.patience without a last call's timeout).
-    known_there = 10  # seconds
     clocks_differ = 300  # seconds, Mattermost's and ours, at most
     wait_at_stop = 10  # seconds
 
@@ -1936,7 +1953,7 @@ class Desk:
             return
         # One that is not remembered, as it was opened before the last start, may have a ticket.
         dialog = self.dialogs.remember(asked.nonce, Dialog(
-            asked, self.channels.target(asked.channel_id), unanswered=-math.inf))
+            asked, self.channels.target(asked.channel_id), unanswered=True))
         with lock_in_time(dialog.lock, NOT_REACHED):
             try:
                 if not dialog.post_id:
@@ -1956,16 +1973,19 @@ class Desk:
         dialog.ticket_id = dialog.ticket_id or self.ids.next()
         nonces = self.nonces("ticket", dialog)
         post = self.ticket_post(dialog, answers, nonces[0])
-        began = time.monotonic()
-        forgotten = began - dialog.unanswered > self.known_there
+
+        def find():
+            return self.earlier_ticket(dialog, nonces)
+
+        unanswered = dialog.unanswered
+        made = unanswered and find()
         try:
-            made = forgotten and self.earlier_ticket(dialog, nonces)
-            made = made or self.channels.create_post(post)
+            dialog.unanswered = True
+            made = made or self.channels.create_post(post, find)
             if not is_ticket(made, nonces):
                 raise self.mattermost.odd_answer()
         except MattermostError as error:
-            if error.may_have_worked:
-                dialog.unanswered = min(dialog.unanswered, began)
+            dialog.unanswered = unanswered or error.may_have_worked
             raise
         dialog.ticket_id, dialog.post_id = made["props"]["ticket_id"], made["id"]
         dialog.posted = fingerprint(made["props"]["ticket"].get("answers"))
@@ -2000,7 +2020,8 @@ class Desk:
         with contextlib.suppress(NotAllowed):  # a bot that may post everywhere may not read
             posts = self.mattermost.get_channel_posts(dialog.channel_id, since * 1000)
         me = self.mattermost.get_me()["id"]
-        ours = [post for post in posts if isinstance(post, dict) and post.get("user_id") == me]
+        ours = [post for post in posts if isinstance(post, dict)
+                and post.get("user_id") == me and not post.get("delete_at")]
         for post in ours:
             if is_ticket(post, nonces):
                 # reply_count is 0 in such a list.
@@ -2065,7 +2086,7 @@ class Desk:
         ahead = self.ids.ahead()
         if ahead > self.wait_at_stop:
             log.warning("start again in %d s at the earliest: until then, ticket IDs could repeat",
-                        ahead)
+                        math.ceil(ahead))
         time.sleep(min(ahead, self.wait_at_stop))
         self.mattermost.connections.close()
 
@@ -2106,13 +2127,13 @@ ROUTES = {
 
 
 class Head(NamedTuple):
-    """What has to be known of a request's first line and headers."""
+    """Request line and headers of a request."""
 
     method: str
     path: str  # without the query
-    size: int  # bytes of the head
-    length: int  # bytes of the body
-    expects: bool  # the client waits for "100 Continue" before it sends the body
+    modern: bool  # HTTP/1.1, not 1.0
+    headers: dict  # names in lower case; all is bytes
+    size: int  # bytes
 
 
 def read_head(received):
@@ -2140,17 +2161,16 @@ def read_head(received):
         if name in ONLY_ONCE and name in headers:
             raise Refused(400, f"{name.decode()} is there twice")
         headers[name] = value.strip(b" \t")
-    modern = version == b"HTTP/1.1"
-    method, path = method.decode(), target.partition(b"?")[0].decode()
-    length = body_length(method, path, headers, modern)
-    return Head(method, path, len(head), length, modern and b"expect" in headers)
+    path = target.partition(b"?")[0].decode()
+    return Head(method.decode(), path, version == b"HTTP/1.1", headers, len(head))
 
 
-def body_length(method, path, headers, modern):
+def body_length(head):
     """Return how long the body of a request is; refuse a request that its head shows to be no good.
 
     Too much is refused before it is read, and so is what nobody would answer.
     """
+    method, path, modern, headers, _ = head
     if b"transfer-encoding" in headers:
         raise Refused(501, "Transfer-Encoding is not supported")
     if headers.get(b"expect", b"100-continue").lower() != b"100-continue":
@@ -2182,6 +2202,7 @@ class Connection:
     due: float  # when it must be over
     received: bytearray = field(default_factory=bytearray)
     head: Head | None = None
+    length: int = 0  # bytes of the body
     refused: Refused | None = None  # what is still sent is dropped
     watched: bool = False  # by Server.selector
 
@@ -2189,9 +2210,12 @@ class Connection:
         """Return whether the request is all here; refuse it as soon as that is clear."""
         if not self.head:
             self.head = read_head(self.received)
-            if self.head and self.head.expects:
+            if not self.head:
+                return False
+            self.length = body_length(self.head)
+            if b"expect" in self.head.headers and self.head.modern:
                 self.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n", socket.MSG_DONTWAIT)
-        return self.head and len(self.received) >= self.head.size + self.head.length
+        return len(self.received) >= self.head.size + self.length
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -2234,7 +2258,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         deadline.ends = self.request.due
         said, reaction = None, ()
         try:
-            begin, length = self.request.head.size, self.request.head.length
+            begin, length = self.request.head.size, self.request.length
             body = bytes(self.request.received[begin:begin + length])
             said = route.read(body, self.server.desk.settings)
             reaction = route.react(self.server.desk, said)
@@ -2438,7 +2462,7 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, request, client_address):
         """Let a thread answer a request: one that is idle, or a new one while there are few."""
         request.due = time.monotonic() + self.answer_within
-        with contextlib.suppress(RuntimeError):  # the system allows no more: one of those will
+        with contextlib.suppress(RuntimeError):  # the system allows no more: it has to wait
             self.threads.submit(self.process_request_thread, request, client_address)
 
     def shutdown_request(self, request):
@@ -2450,6 +2474,7 @@ class Server(http.server.ThreadingHTTPServer):
             super().shutdown_request(request.socket)
             return
         request.socket.shutdown(socket.SHUT_WR)
+        request.socket.setblocking(False)
         request.received.clear()
         request.due = time.monotonic() + self.linger
         self.connections[request] = True
@@ -2535,7 +2560,8 @@ def bot_checks(desk):
         teams = [str(team.get("name")) for team in desk.mattermost.get_my_teams()
                  if isinstance(team, dict)]
     except MattermostError as error:
-        hint = " (a Token ID is not a token)" if error.status == 401 else ""
+        refused = error.status == 401 and not error.foreign
+        hint = " (a Token ID is not a token)" if refused else ""
         yield "problem", f"BOT_TOKEN: {error}{hint}"
         return
     if teams:
@@ -2599,13 +2625,22 @@ def health(environ):
 
 
 def file_limit():
-    """Set the soft limit of open files, which is often 1,024, as high as may be; return it."""
+    """Set the soft limit of open files, which is often 1,024, to what we may need; return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     with contextlib.suppress(OSError, ValueError):  # macOS has a limit that it does not tell
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         return wanted
-    return soft
+    return soft if soft > 0 else FILES
+
+
+def keep_serving(server):
+    """Run a server's loop; if a bug ends it, end the process, which would hear nobody any more."""
+    try:
+        server.serve_forever()
+    finally:
+        server.stopped.set()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def serve(settings):
@@ -2619,14 +2654,15 @@ def serve(settings):
     # Blocked before any thread starts, so that sigwait() gets them; nothing else ends a PID 1.
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    threading.Thread(target=server.serve_forever).start()
+    threading.Thread(target=keep_serving, args=(server,)).start()
     log.info("listening on port %d", server.server_port)
     threading.Thread(target=log_checks, args=(desk, server.server_port), daemon=True).start()
     signal.sigwait(signals)
+    failed = server.stopped.is_set()
     log.info("stopping")
     server.shutdown()
     desk.close()
-    return 0
+    return 1 if failed else 0
 
 
 def main(arguments, environ):
