@@ -2373,11 +2373,10 @@ class Server(http.server.ThreadingHTTPServer):
             else:
                 self.receive(key.data)
         now = time.monotonic()
-        if now < self.next_look:
-            return
-        self.next_look = now + 0.05
-        for connection in [one for one in self.connections if one.due < now]:
-            self.hang_up(connection)
+        if now > self.next_look:
+            self.next_look = now + 0.05
+            for connection in [one for one in self.connections if one.due < now]:
+                self.hang_up(connection)
 
     def accept(self):
         """Accept a connection and take what it has sent already; return whether there was one.
@@ -2393,10 +2392,9 @@ class Server(http.server.ThreadingHTTPServer):
             self.hang_up(oldest)
         try:
             request, (address, *_) = self.get_request()
-        except BlockingIOError:
-            return False
-        except OSError:  # no file is left: do not ask again at once
-            time.sleep(0.05)
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):  # no file is left: do not ask again at once
+                time.sleep(0.05)
             return False
         connection = Connection(
             request, address.removeprefix("::ffff:"), now, now + self.arrive_within)
@@ -2466,10 +2464,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.threads.submit(self.process_request_thread, request, client_address)
 
     def shutdown_request(self, request):
-        """Close a connection; a refused client may still be sending: let it see the answer first.
-
-        To close with unread data would reset the connection, and the answer with it.
-        """
+        """Close a connection; one of a refused client later, or a reset could lose the answer."""
         if not request.refused:
             super().shutdown_request(request.socket)
             return
