@@ -1429,6 +1429,10 @@ class SubmissionTest(Case):
         self.mattermost.script("GET /users/me", closes)  # the last call before the post
         self.mattermost.script("POST /posts", loses_the_answer)
         self.assert_refused(self.mattermost.submit_dialog(then), ticket_service.NOT_REACHED)
+        [root] = self.mattermost.roots()
+        self.mattermost.script("POST /posts", fails(400, "model.post.is_valid.props.app_error"))
+        self.assert_refused(self.mattermost.submit_dialog(then), ticket_service.NOT_ADDED.format(
+            ticket_id=root["props"]["ticket_id"]))
         for _ in range(2):
             self.assertEqual(self.mattermost.submit_dialog(then), {})
         [root] = self.mattermost.roots()
@@ -2674,7 +2678,8 @@ class FormTest(Case):
     def test_no_image_is_loaded_and_nobody_is_pinged_but_code_stays_as_it_is(self):
         for typed in (  # ⁂ is where the guard stands
                 "!⁂[x](http://e/x.png) and vec![1], [link](u)", "!⁂[x][1]", "!⁂[a\nb](u)",
-                "!⁂[a [b] c](u)", "!⁂[a\\](u)", "!⁂[a `[` b](u)", "!⁂[x]\n\n[x]: http://e/x.png",
+                "!⁂[a [b] c](u)", "!⁂[a\\](u)", "!⁂[a\\]b]\n\n[a\\]b]: u",
+                "!⁂[a `[` b](u)", "!⁂[x]\n\n[x]: http://e/x.png",
                 "`vec![1]` and `@all` in a [link](u), *soft* or snake_case: `![x](u)` @⁂all",
                 "- a `@all`\n* b `![x](u)`", "``a ` @all`` @⁂here", "C:\\dir `@here`",
                 "```\n@all\n![x](u)\n```\n@⁂all", "~~~text\n@all\n~~~", "````\n```\n@all\n````",
@@ -2709,6 +2714,12 @@ class FormTest(Case):
         self.assertEqual(root["hashtags"], f"#{root['props']['ticket_id']} {OPEN.tag}")
         free = " ".join(["#Ticket-20261123-7K3F", *(f"{tag}down {tag}-2" for tag in tags)])
         self.assert_shown(free, free)
+
+    def test_an_image_that_another_answer_defines_is_not_loaded_either(self):
+        self.start_with_form({"title": "Two", "elements": [
+            element("textarea", "a"), element("textarea", "b")]})
+        self.assertEqual(self.file({"a": "![x]", "b": "[x]: http://e/x.png"}), {})
+        self.assertIn("> !\u2060[x]\n", self.mattermost.roots()[0]["message"])
 
     def test_a_very_long_text_is_looked_through_in_no_time(self):
         self.start_with_form({"title": "Long", "elements": [element("textarea", max_length=16000)]})

@@ -206,6 +206,7 @@ OUR_FAULT = "Something went wrong in the ticket service. Please try again, or te
 FORM_INVALID = "This form is no longer valid. Copy your text, type /ticket and paste it."
 NOT_REACHED = "Mattermost does not answer. Submit again in a moment: that makes one ticket only."
 NOT_ACCEPTED = "Mattermost did not accept the ticket. Please tell your admin, or change it."
+NOT_ADDED = "{ticket_id} is there, but your changes are not. Please put them into its thread."
 REJECTED = "Mattermost did not accept the ticket: {reason}"
 DAY_FULL = "All ticket IDs of today are used up. Please submit again after midnight UTC."
 TICKET_TOO_LONG = "The ticket is {excess} characters too long. Please shorten it and submit again."
@@ -256,7 +257,7 @@ IMAGE = (r"!(?=\[(?:(?:\[[^\]]*\]|[^\[\]]|\](?=[^\[\]]*\]))*"
          r"|(?:\[[^][\\`<]*\]|[^][\\`<])*[\\`<].*?)\](?:\(|\s*\[))")
 UNSAFE = re.compile(f"{CHANNEL_MENTION}|{IMAGE}", re.IGNORECASE | re.DOTALL)
 # Where a text defines what [x] is ([x]: url), ![x] alone is an image, too.
-DEFINITION = re.compile(r"^[ \t>*+\-\d.)]*+\[[^\]]++\]:", re.MULTILINE)
+DEFINITION = re.compile(r"^[ \t>*+\-\d.)]*+\[(?:\\.|[^\]])++\]:", re.MULTILINE)
 PERHAPS_UNSAFE = re.compile(rf"{CHANNEL_MENTION}|!(?=\[)", re.IGNORECASE)
 FENCED = re.compile(r"^(`{3,}|~{3,})[\w.+-]*\n(?:(?!.*\1).*\n)*\1$", re.MULTILINE)
 TABLE = re.compile(r"^(?=.*\|)(?=.*-)[ |:-]*+$", re.MULTILINE)
@@ -339,13 +340,15 @@ def code_in(text):
     yield from inline_code_in(text, end, len(text))
 
 
-def harmless(text):
+def harmless(text, typed):
     """Return Markdown that pings no whole channel, and makes nobody's client load an image.
 
-    Nothing is changed in code: nothing can happen there, and people copy from it.
+    It is a part of what was typed: elsewhere may be the definition of an image. Nothing is changed
+    in code: nothing can happen there, and people copy from it.
     """
-    # To look for the end of each of very many images would take seconds.
-    unsure = DEFINITION.search(text) or text.count("![") > 100
+    # To look for the end of each of very many brackets would take seconds.
+    many = text.count("![") > 100 or typed.count("[") > 1000
+    unsure = many or DEFINITION.search(typed)
     unsafe = PERHAPS_UNSAFE if unsure else UNSAFE
     if not unsafe.search(text):
         return text
@@ -433,8 +436,8 @@ class Element:
         """Return the answer in a text that is not empty, and what is wrong with it, or None."""
         raise NotImplementedError
 
-    def markdown(self, answer):
-        """Return what a ticket says of an answer."""
+    def markdown(self, answer, typed):
+        """Return what a ticket says of an answer; `typed` is all that was typed into the form."""
         raise NotImplementedError
 
 
@@ -472,7 +475,7 @@ class Text(Element):
             problem = NOT_A_URL
         return text, problem
 
-    def markdown(self, answer):
+    def markdown(self, answer, typed):
         return f"{self.label} {inline_code(untagged(answer.replace(chr(10), ' ')))}\n"
 
 
@@ -486,10 +489,10 @@ class Textarea(Text):
     def for_mattermost(self):
         return {key: value for key, value in self.element.items() if key != "code"}
 
-    def markdown(self, answer):
+    def markdown(self, answer, typed):
         if self.element.get("code"):
             return f"{self.label}\n{fenced(untagged(answer))}\n"
-        lines = untagged(harmless(answer)).split("\n")
+        lines = untagged(harmless(answer, typed)).split("\n")
         quote = "".join(f"> {line}\n" for line in lines)
         return f"{self.label}\n{quote}\n"  # without an empty line, the quote would go on
 
@@ -530,7 +533,7 @@ class Select(Element):
                 return option["value"], None
         return None, NOT_AN_OPTION
 
-    def markdown(self, answer):
+    def markdown(self, answer, typed):
         option = next(one for one in self.element["options"] if one["value"] == answer)
         mention = f" {option['mention']}" if "mention" in option else ""
         return f"{self.label} {inline_code(option['text'])}{mention}\n"
@@ -551,7 +554,7 @@ class Bool(Element):
         ticked = text.lower() == "true"
         return ticked, None if ticked or self.element.get("optional") else NOT_TICKED
 
-    def markdown(self, answer):
+    def markdown(self, answer, typed):
         return f"{self.label} `{YES if answer else NO}`\n"
 
 
@@ -630,7 +633,8 @@ class Form:
 
     def markdown(self, answers):
         """Return the part of a ticket that shows the answers, in the order of the form."""
-        return "".join(element.markdown(answers[element.name])
+        typed = "\n".join(map(str, answers.values()))
+        return "".join(element.markdown(answers[element.name], typed)
                        for element in self.elements if element.name in answers)
 
 
@@ -1143,7 +1147,7 @@ class TicketIds:
         self.last = -1  # of all IDs since 1970
 
     def next(self):
-        """Return an ID that was not used before."""
+        """Return the next ID."""
         with self.lock:
             now = int(self.clock() * IDS_PER_DAY / DAY)
             if self.last > now + IDS_PER_DAY * HOUR / DAY:
@@ -1357,6 +1361,7 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
             try:
                 return self.exchange(kept, req)
             except TimeoutError:
+                self.close()  # the others may be as dead
                 raise
             except (OSError, http.client.HTTPException) as error:
                 log.debug("a kept connection had died: %r", error)
@@ -1530,14 +1535,13 @@ class Mattermost:
         posts = answer.get("posts")
         return list(posts.values()) if isinstance(posts, dict) else []
 
-    def create_post(self, post, find=lambda: None):
+    def create_post(self, post, find=lambda: None, unsure=False):
         """Return a post as it has been made: `id`, `props`, …
 
         Tried again and again while Mattermost is away. All tries make one post, as long as it does
-        not start anew in between: so after a try that may have worked, find() looks for the post.
+        not start anew in between: so where an earlier try may have worked, find() looks for it.
         """
         pause, ends = self.pause, time.monotonic() + self.patience
-        unsure = False
         while True:
             try:
                 return (unsure and find()) or self.call_for_id("POST", "/posts", post)
@@ -1684,9 +1688,10 @@ class Channels:
                 self.good.forget(channel_id)
             if error.status != 403:
                 raise
+            unsure = error.may_have_worked
         self.ensure(channel_id, "submission")
         try:
-            return self.mattermost.create_post(post, find)
+            return self.mattermost.create_post(post, find, unsure)
         except NotAllowed:
             self.good.forget(channel_id)
             raise
@@ -1883,7 +1888,7 @@ class Dialog:
     asked: State
     channel_id: str  # where its ticket goes
     hook: str = ""
-    unanswered: bool = False
+    unanswered: int = 0  # when it was sent first, or opened, in seconds since 1970; 0: it is not
     lock: threading.Lock = field(default_factory=threading.Lock)
     ticket_id: str = ""
     post_id: str = ""
@@ -1953,7 +1958,7 @@ class Desk:
             return
         # One that is not remembered, as it was opened before the last start, may have a ticket.
         dialog = self.dialogs.remember(asked.nonce, Dialog(
-            asked, self.channels.target(asked.channel_id), unanswered=True))
+            asked, self.channels.target(asked.channel_id), unanswered=asked.time))
         with lock_in_time(dialog.lock, NOT_REACHED):
             try:
                 if not dialog.post_id:
@@ -1970,23 +1975,25 @@ class Desk:
 
     def file_ticket(self, dialog, answers):
         """Post a ticket, or find the one that an earlier attempt made."""
-        dialog.ticket_id = dialog.ticket_id or self.ids.next()
         nonces = self.nonces("ticket", dialog)
-        post = self.ticket_post(dialog, answers, nonces[0])
 
         def find():
             return self.earlier_ticket(dialog, nonces)
 
         unanswered = dialog.unanswered
-        made = unanswered and find()
-        try:
-            dialog.unanswered = True
-            made = made or self.channels.create_post(post, find)
-            if not is_ticket(made, nonces):
-                raise self.mattermost.odd_answer()
-        except MattermostError as error:
-            dialog.unanswered = unanswered or error.may_have_worked
-            raise
+        made = find() if unanswered else None
+        if not made:
+            dialog.ticket_id = dialog.ticket_id or self.ids.next()
+            post = self.ticket_post(dialog, answers, nonces[0])
+            dialog.unanswered = unanswered or int(time.time())
+            try:
+                made = self.channels.create_post(post, find)
+                if not is_ticket(made, nonces):
+                    raise self.mattermost.odd_answer()
+            except MattermostError as error:
+                if not error.may_have_worked:
+                    dialog.unanswered = unanswered
+                raise
         dialog.ticket_id, dialog.post_id = made["props"]["ticket_id"], made["id"]
         dialog.posted = fingerprint(made["props"]["ticket"].get("answers"))
         dialog.has_reply = dialog.has_reply or bool(made.get("reply_count"))
@@ -2016,7 +2023,7 @@ class Desk:
 
     def earlier_ticket(self, dialog, nonces):
         """Return the post that an earlier submission of the same dialog made, or None."""
-        posts, since = [], dialog.asked.time - self.clocks_differ
+        posts, since = [], dialog.unanswered - self.clocks_differ
         with contextlib.suppress(NotAllowed):  # a bot that may post everywhere may not read
             posts = self.mattermost.get_channel_posts(dialog.channel_id, since * 1000)
         me = self.mattermost.get_me()["id"]
@@ -2045,6 +2052,8 @@ class Desk:
 
     def why_not_filed(self, error, dialog):
         """Return the sentence for somebody whose ticket Mattermost did not take."""
+        if dialog.post_id:
+            return why(error, NOT_REACHED, NOT_ADDED.format(ticket_id=dialog.ticket_id))
         if error.meaning == "archived":
             self.channels.good.forget(dialog.channel_id)
             return self.channels.sentence("archived", "submission")
@@ -2379,7 +2388,7 @@ class Server(http.server.ThreadingHTTPServer):
                 self.hang_up(connection)
 
     def accept(self):
-        """Accept a connection and take what it has sent already; return whether there was one.
+        """Accept a connection and take what it has sent already; return whether there may be more.
 
         Where the table is full, its oldest gives way, once it has had its time.
         """
@@ -2388,7 +2397,7 @@ class Server(http.server.ThreadingHTTPServer):
             oldest = next(iter(self.connections))
             if now - oldest.accepted < self.grace:
                 time.sleep(0.01)  # seconds; who waits to be accepted is kept by the kernel
-                return False
+                return True
             self.hang_up(oldest)
         try:
             request, (address, *_) = self.get_request()
