@@ -2474,12 +2474,14 @@ class KeptConnectionTest(Case):
         self.assertEqual(len(self.mattermost.calls), 2)
 
     def test_silence_is_not_waited_for_twice(self):
+        self.mattermost.script("GET /users/me", slow(0.03), slow(0.03))
+        in_threads(2, lambda _: self.call())
         self.desk.mattermost.timeout = 0.05
-        self.call()
         self.mattermost.script("GET /users/me", slow(0.1))
         with self.assertRaises(ticket_service.MattermostError):
             self.call()
-        self.assertEqual(len(self.mattermost.calls), 2)
+        self.assertEqual(len(self.mattermost.calls), 3)
+        self.assertEqual(list(self.desk.mattermost.connections.idle), [])  # as dead, perhaps
 
     def test_a_connection_that_was_idle_for_long_is_not_used(self):
         self.call()
@@ -2678,7 +2680,7 @@ class FormTest(Case):
     def test_no_image_is_loaded_and_nobody_is_pinged_but_code_stays_as_it_is(self):
         for typed in (  # ⁂ is where the guard stands
                 "!⁂[x](http://e/x.png) and vec![1], [link](u)", "!⁂[x][1]", "!⁂[a\nb](u)",
-                "!⁂[a [b] c](u)", "!⁂[a\\](u)", "!⁂[a\\]b]\n\n[a\\]b]: u",
+                "!⁂[a [b] c](u)", "!⁂[a\\](u)", "!⁂[a\\]b] c\n\n[a\\]b]: u",
                 "!⁂[a `[` b](u)", "!⁂[x]\n\n[x]: http://e/x.png",
                 "`vec![1]` and `@all` in a [link](u), *soft* or snake_case: `![x](u)` @⁂all",
                 "- a `@all`\n* b `![x](u)`", "``a ` @all`` @⁂here", "C:\\dir `@here`",
