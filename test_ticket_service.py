@@ -2717,6 +2717,12 @@ class FormTest(Case):
         free = " ".join(["#Ticket-20261123-7K3F", *(f"{tag}down {tag}-2" for tag in tags)])
         self.assert_shown(free, free)
 
+    def test_a_submission_that_is_far_too_long_is_answered(self):
+        self.start_with_form({"title": "Long", "elements": [
+            element("textarea", name, max_length=10_000) for name in "abcde"]})
+        answer = self.file(dict.fromkeys("abcde", "<" * 10_000))  # six bytes each, from Mattermost
+        self.assertRegex(answer["error"], pattern(ticket_service.TICKET_TOO_LONG))
+
     def test_an_image_that_another_answer_defines_is_not_loaded_either(self):
         self.start_with_form({"title": "Two", "elements": [
             element("textarea", "a"), element("textarea", "b")]})

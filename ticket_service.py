@@ -1923,8 +1923,6 @@ class Desk:
             self.proven.add(sentence)
             log.info(sentence)
 
-    # From the command to the dialog
-
     def on_slash_command(self, command):
         """Open the form; yield the answer to the command."""
         self.prove("SLASH_TOKEN fits: a /ticket has come")
@@ -1942,8 +1940,6 @@ class Desk:
             late = error.meaning == "too late"
             raise Sorry(FORM_LATE if late else why(error, FORM_NOT_OPENED, FORM_REFUSED)) from error
         yield {} if complete else given_back(FORM_TOO_SMALL, command.text)
-
-    # From the submission to the ticket
 
     def on_submission(self, submission):
         """File a ticket; yield the answer to the dialog, then confirm it and begin its thread."""
@@ -2104,6 +2100,8 @@ class Desk:
 
 HEAD_LIMIT = 16 * 1024  # bytes of request line and headers
 BODY_LIMIT = 256 * 1024  # bytes; 16,383 characters are up to 196 KB in a form
+# Mattermost takes 300,000 bytes of its client, and hands on 6 for a <: too long a text is answered.
+SUBMISSION_LIMIT = 2 * 2**20  # bytes
 UNFINISHED_LIMIT = 64 * 2**20  # bytes of all requests that are still arriving
 NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HEAD = re.compile(
@@ -2117,6 +2115,7 @@ ONLY_ONCE = (b"host", b"content-length", b"content-type", b"authorization", b"ex
 class Route(NamedTuple):
     """What is done with the body of a request: it is read, reacted to, and answered."""
 
+    limit: int  # bytes of the body
     read: Callable  # (body, settings) -> what Mattermost says; may raise Refused
     react: Callable  # (desk, what Mattermost says) yields the answer, then does what is left
     sorry: Callable  # (sentence, what Mattermost says or None) -> the answer that holds a sentence
@@ -2125,12 +2124,13 @@ class Route(NamedTuple):
 HEALTH = "/health"
 ROUTES = {
     "/ticket": Route(
-        SlashCommand.from_body, Desk.on_slash_command,
+        BODY_LIMIT, SlashCommand.from_body, Desk.on_slash_command,
         lambda sentence, command: given_back(sentence, command.text if command else "")),
     "/ticket/submit": Route(  # the dialog stays open, and says it
-        Submission.from_body, Desk.on_submission, lambda sentence, _: {"error": sentence}),
+        SUBMISSION_LIMIT, Submission.from_body, Desk.on_submission,
+        lambda sentence, _: {"error": sentence}),
     "/ticket/action": Route(
-        Press.from_body, lambda desk, press: desk.presses.on_press(press),
+        BODY_LIMIT, Press.from_body, lambda desk, press: desk.presses.on_press(press),
         lambda sentence, _: {"ephemeral_text": sentence}),
 }
 
@@ -2189,8 +2189,6 @@ def body_length(head):
     length = headers.get(b"content-length", b"0")
     if not length.isdigit():
         raise Refused(400, "Content-Length is malformed")
-    if len(length) > 9 or int(length) > BODY_LIMIT:
-        raise Refused(413, f"the body is longer than {BODY_LIMIT} bytes")
     if path not in ROUTES and path != HEALTH:
         raise Refused(404, "there is nothing at this path")
     allowed = "GET, HEAD" if path == HEALTH else "POST"
@@ -2198,6 +2196,9 @@ def body_length(head):
         raise Refused(405, f"the method must be one of {allowed}", f"Allow: {allowed}")
     if method == "POST" and b"content-length" not in headers:
         raise Refused(411, "Content-Length is missing")
+    limit = BODY_LIMIT if path == HEALTH else ROUTES[path].limit
+    if len(length) > 9 or int(length) > limit:
+        raise Refused(413, f"the body is longer than {limit} bytes")
     return int(length)
 
 
@@ -2290,11 +2291,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Send an answer in one write: Mattermost 9.4 to 9.7 loses a body that comes later."""
         body = json_bytes(payload)
         head = "\r\n".join((
-            f"HTTP/1.1 {status} {self.responses[status][0]}",
-            f"Date: {self.date_time_string()}",
-            "Content-Type: application/json",
-            f"Content-Length: {len(body)}",
-            "Connection: close",
+            f"HTTP/1.1 {status} {self.responses[status][0]}", f"Date: {self.date_time_string()}",
+            "Content-Type: application/json", f"Content-Length: {len(body)}", "Connection: close",
             *headers, "", ""))
         with contextlib.suppress(OSError):  # a client that is gone: what was asked for is done
             self.request.socket.settimeout(self.timeout)
@@ -2428,8 +2426,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Let a connection wait, answer it, or let a thread do so, as its request is so far."""
         if not data:
             self.hang_up(connection)
-            return
-        if connection.refused:
+        if not data or connection.refused:
             return
         connection.received += data
         self.unfinished += len(data)
