@@ -148,7 +148,7 @@ class Case(unittest.TestCase):
 
     def start_stand_in(self, **details):
         stand_in = StandIn(**details)
-        thread = threading.Thread(target=stand_in.serve_forever, args=(0.002,))
+        thread = threading.Thread(target=stand_in.serve_forever, args=(0.001,))
         thread.start()
         self.addCleanup(thread.join)
         self.addCleanup(stand_in.server_close)
@@ -168,7 +168,7 @@ class Case(unittest.TestCase):
         server = ticket_service.Server(desk, settings.host, settings.port)
         desk.wait_at_stop, desk.mattermost.pause, server.stop_within = 0, 0.01, 0.1
         desk.presses.first_look, desk.presses.shown_within = 0.005, 0.2
-        thread = threading.Thread(target=server.serve_forever, args=(0.002,))
+        thread = threading.Thread(target=server.serve_forever, args=(0.001,))
         thread.start()
         self.mattermost.service = ("127.0.0.1", server.server_port)
         self.service = server

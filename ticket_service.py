@@ -1427,7 +1427,7 @@ class Mattermost:
                         "User-Agent": "Mattermost-Ticket"}  # bot lists refuse Python-urllib
         url = urllib.parse.urlsplit(self.url)
         proxy = urllib.request.getproxies().get(url.scheme, "")
-        if urllib.request.proxy_bypass(url.netloc):
+        if proxy and urllib.request.proxy_bypass(url.netloc):
             proxy = ""
         self.peer = url.netloc  # who is asked, for the log
         if proxy:
