@@ -1210,6 +1210,7 @@ class CommandTest(Case):
             self.start_service(TICKET_CHANNEL=channel_id)
             self.assert_given_back(self.mattermost.run_command(TYPED),
                                    cant_post(obstacle, "ticket channel"))
+            self.assert_logged(f"TICKET_CHANNEL: {re.escape(cant_post(obstacle, 'admin'))}$")
 
     def test_what_is_not_mattermost_is_not_taken_for_it(self):
         for path in ("/api/v4/x", "/x"):  # as its API answers, and as another program does
@@ -1605,6 +1606,13 @@ class SubmissionTest(Case):
         self.assertEqual(self.mattermost.submit_dialog(answers_to(), 1), {})
         self.assertEqual([root["channel_id"] for root in self.mattermost.roots()], [QUIET, SECRET])
 
+    def test_a_bot_that_may_not_post_any_more_says_so(self):
+        self.mattermost.run_command()
+        refused = "api.context.permissions.app_error"
+        self.mattermost.script("POST /posts", fails(403, refused), fails(403, refused))
+        self.assert_refused(self.mattermost.submit_dialog(answers_to()),
+                            cant_post("read only", "submission"))
+
     def test_a_channel_that_was_archived_meanwhile_is_told(self):
         self.mattermost.run_command()
         self.mattermost.channels[HELPDESK].delete_at = 1
@@ -1911,6 +1919,8 @@ class ButtonTest(Case):
                 (f"**Status:** #typed\nedited\n{OPEN.line} by hand\nbelow",
                  f"**Status:** #typed\nedited\n{line}\nbelow"),
                 ("all is gone", f"all is gone\n{line}"),
+                *[(f"first\n{by_hand}\nlast", f"first\n{line}\nlast") for by_hand in (
+                    f"> {OPEN.line}", f"Status: {OPEN.tag}", f"- **{OPEN.tag.title()}** (again)")],
                 ("first\n\\1 is typed", f"first\n{line}\n\\1 is typed")):
             with self.subTest(edited):
                 self.root["message"] = edited
@@ -2156,6 +2166,10 @@ class EdgeTest(Case):
         for what, raw in GOOD_REQUESTS.items():
             with self.subTest(what):
                 self.assert_answer(self.exchange(raw), 200)
+
+    def test_who_has_sent_the_body_is_not_told_to_continue(self):
+        self.assert_answer(self.exchange(post(
+            headers=length(FORM) + b"Expect: 100-continue\r\n")), 200)
 
     def test_bad_requests_get_one_refusal_and_one_log_line(self):
         for status, what, raw in BAD_REQUESTS:
@@ -2530,8 +2544,9 @@ class KeptTlsConnectionTest(KeptConnectionTest):
 
     def test_a_certificate_of_an_unknown_ca_is_refused_and_nothing_is_sent(self):
         other = self.start_service(SSL_CERT_FILE="")
-        with self.assertRaisesRegex(ticket_service.MattermostError, "CERTIFICATE_VERIFY_FAILED"):
+        with self.assertRaisesRegex(ticket_service.MattermostError, "CERTIFICATE_VERIFY") as failed:
             other.desk.mattermost.get_me()
+        self.assertFalse(failed.exception.may_pass)  # "again in a moment" would not be true
         self.assertEqual(self.mattermost.calls, [])
 
 
@@ -2683,8 +2698,10 @@ class FormTest(Case):
                 "!⁂[a [b] c](u)", "!⁂[a\\](u)", "!⁂[a\\]b] c\n\n[a\\]b]: u",
                 "!⁂[a `[` b](u)", "!⁂[x]\n\n[x]: http://e/x.png",
                 "`vec![1]` and `@all` in a [link](u), *soft* or snake_case: `![x](u)` @⁂all",
+                "&⁂#64;all @&⁂#x61;ll &⁂commat;here &lt; &#64 `&#64;all`",
                 "- a `@all`\n* b `![x](u)`", "``a ` @all`` @⁂here", "C:\\dir `@here`",
-                "```\n@all\n![x](u)\n```\n@⁂all", "~~~text\n@all\n~~~", "````\n```\n@all\n````",
+                "```\n@all\n![x](u)\n```\n@⁂all", "``` \n@all\n``` \n@⁂all",
+                "~~~text\n@all\n~~~", "````\n```\n@all\n````",
                 # Not code for all readers, or not for sure
                 "`@⁂all", "a ` b\n`@⁂all`", "\\`@⁂all`", "```\n@⁂all", "``` x\n@⁂all",
                 "[`](x) !⁂[a](u) `", "*a `*!⁂[x](u)` b", "http://a/` @⁂all `", "<a `>@⁂all`",
@@ -2710,7 +2727,8 @@ class FormTest(Case):
             self.assertEqual(self.file({**GOOD, name: lines[:3000]}), {})
             self.assertIn(OPEN.tag, self.mattermost.roots()[-1]["hashtags"].split())
         tags = [status.tag for status in STATUSES.values()]
-        typed = " ".join([*tags, f"{tags[-1].title()}.", f"({tags[1]})", f"`{tags[-1]}`"])
+        typed = " ".join([*tags, f"{tags[-1].title()}.", f"({tags[1]})", f"`{tags[-1]}`",
+                          f"{tags[0]}²"])
         self.assertEqual(self.file({**GOOD, "area": typed, "code": typed, "tel": tags[-1]}), {})
         root = self.mattermost.roots()[-1]
         self.assertEqual(root["hashtags"], f"#{root['props']['ticket_id']} {OPEN.tag}")
@@ -2770,6 +2788,7 @@ class FormTest(Case):
                 ([], "elements must have 1"), ({}, "elements must be a list"),
                 ([1], "element 1: must be a JSON object"),
                 ([element("users")], "element x: type 'users' is not supported"),
+                ([{"name": "x", "display_name": "X"}], "element x: type is missing"),
                 ([element("date")], "'date'"), ([element(["text"])], "not supported"),
                 ([{"type": "text", "name": "x"}], "element x: display_name is missing"),
                 ([{"type": "text", "display_name": "X"}], "element 1: name is missing"),
@@ -2811,6 +2830,8 @@ class FormTest(Case):
             with self.subTest(complaint):
                 self.assertIn(complaint,
                               self.problems_of({"title": "T", "elements": elements})[0])
+        two = self.problems_of({"title": "T", "elements": [element("users", name="")]})
+        self.assertRegex("\n".join(two), "type 'users'.*\n.*name must have 1 to 300 bytes")
         good = {"title": "T", "elements": [element()]}
         for form, complaint in ((None, "JSON object"), ([], "JSON object"),
                                 ({"title": "T"}, "elements is missing"),
@@ -3137,12 +3158,14 @@ class ProcessTest(Case):
         self.assertFalse(self.assert_checked("problem +BOT_TOKEN: .*no team"))
         self.mattermost.is_bot = False
         self.assertFalse(self.assert_checked("problem +BOT_TOKEN: @ticket-bot is a person"))
+        self.mattermost.script("GET /users/me", http_answer(403, b"<html>"))
+        self.assertFalse(self.assert_checked("problem +MATTERMOST_URL: .*403, but not as"))
         self.mattermost.version = "11.6\n\x1b[2Jok      BOT_TOKEN: forged"
         self.assertFalse(self.assert_checked(r"ok +MATTERMOST_URL: Mattermost 11\.6 \[2Jok "))
 
     def test_check_warns_of_what_may_be_wrong(self):
         self.mattermost.version, self.mattermost.site_url = "8.1.0", ""
-        elsewhere = "http://0.0.0.0:9"
+        elsewhere = "http://255.255.255.255:9"
         for expected, changes in (
                 ("warning +MATTERMOST_URL: .*before 9.4", {}),
                 ("warning +MATTERMOST_URL: .*no SiteURL", {}),
@@ -3151,7 +3174,9 @@ class ProcessTest(Case):
         for mattermost_url, callback_url, warned in (
                 ("http://127.0.0.1:9", "http://localhost", False),
                 (elsewhere, "https://tickets.test", False), (elsewhere, "http://localhost", True),
-                (elsewhere, "http://127.1.2.3", True), (elsewhere, "http://[::1]", True)):
+                (elsewhere, "http://127.tickets.test", False),
+                *[(elsewhere, f"http://{host}", True) for host in (
+                    "127.1.2.3", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "localhost.")]):
             _, lines = self.check(MATTERMOST_URL=mattermost_url, CALLBACK_URL=callback_url)
             self.assertEqual(lines[0].startswith("warning CALLBACK_URL"), warned, lines)
             self.assertTrue(any("note    CALLBACK_URL" in line for line in lines), lines)

@@ -141,7 +141,7 @@ YES, NO = "yes", "no"
 FOR = "**For:** {mention}"
 THREAD = "**Thread:** [where it was asked]({link})"
 REPLY = "Please reply in this thread: questions, news, screenshots and the solution belong here."
-CHANGED = "@{user_name} submitted the form again, with other answers:"
+CHANGED = "{user_name} submitted the form again, with other answers:"
 CONFIRMATION = "Your ticket has been created: [{ticket_id}]({link})"
 
 # Where the bot can't post: what is said instead of the form, above the buttons of a form that was
@@ -242,24 +242,26 @@ JSON_TYPES = {str: ("a text", "bytes"), bool: ("true or false", ""),
               int: ("a whole number", "as its value"), list: ("a list", "entries")}
 SUBTYPES = ("", "text", "email", "number", "tel", "url")
 MENTION = re.compile(r"@[\w.-]+")
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+NUMBER = re.compile(r"[+-]?(\d++(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029\u2424]")  # what Mattermost's clients break at
 UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 JOINER = "\u2060"  # invisible; Mattermost sees no mention, image or hashtag where it stands
 TAG_NAMES = "|".join(status.tag[1:] for status in STATUSES.values())
-STATUS_TAG = re.compile(rf"#(?=(?:{TAG_NAMES})(?![-_.]*[^\W_]))", re.IGNORECASE)
+STATUS_TAG = re.compile(rf"#(?=(?:{TAG_NAMES})(?![-_.]*[a-z0-9]))", re.IGNORECASE)
 CHANNEL_MENTION = r"(?<![^\W_])@(?=(?:all|channel|here)(?![^\W_]))"
+# &#64;all is an @all for Mattermost, and so is @&#97;ll.
+REFERENCE = r"&(?=#x?[0-9a-f]{1,8};|commat;)"
 # ![a](url), ![a [b]][name], but not vec![1]: what follows the brackets, which are read as
 # Mattermost's web client does. After an escape or code in them (![`]`](url), ![\\](url)) the
 # clients differ: so there, anything up to a later ]( counts.
 IMAGE = (r"!(?=\[(?:(?:\[[^\]]*\]|[^\[\]]|\](?=[^\[\]]*\]))*"
          r"|(?:\[[^][\\`<]*\]|[^][\\`<])*[\\`<].*?)\](?:\(|\s*\[))")
-UNSAFE = re.compile(f"{CHANNEL_MENTION}|{IMAGE}", re.IGNORECASE | re.DOTALL)
+UNSAFE = re.compile(f"{CHANNEL_MENTION}|{REFERENCE}|{IMAGE}", re.IGNORECASE | re.DOTALL)
 # Where a text defines what [x] is ([x]: url), ![x] alone is an image, too.
 DEFINITION = re.compile(r"^[ \t>*+\-\d.)]*+\[(?:\\.|[^\]])++\]:", re.MULTILINE)
-PERHAPS_UNSAFE = re.compile(rf"{CHANNEL_MENTION}|!(?=\[)", re.IGNORECASE)
-FENCED = re.compile(r"^(`{3,}|~{3,})[\w.+-]*\n(?:(?!.*\1).*\n)*\1$", re.MULTILINE)
+PERHAPS_UNSAFE = re.compile(rf"{CHANNEL_MENTION}|{REFERENCE}|!(?=\[)", re.IGNORECASE)
+FENCED = re.compile(r"^(`{3,}|~{3,})[\w.+#-]* *\n(?:(?!.*\1).*\n)*\1 *$", re.MULTILINE)
 TABLE = re.compile(r"^(?=.*\|)(?=.*-)[ |:-]*+$", re.MULTILINE)
 INLINE_CODE = re.compile(r"(?<!`)(`{1,2})(?!`)(?:(?!\1).)+\1(?!`)")
 # Prose that begins and ends nothing outside itself: [a](url), *a*, **a**, snake_case, a bullet.
@@ -298,7 +300,8 @@ def fenced(text):
 
 
 def inline_code(text):
-    """Return Markdown that shows one line as it is."""
+    """Return Markdown that shows a text as it is, in one line."""
+    text = text.replace("\n", " ")
     ticks = "`" * (longest_run("`", text) + 1)
     room = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{ticks}{room}{text}{room}{ticks}"
@@ -340,15 +343,20 @@ def code_in(text):
     yield from inline_code_in(text, end, len(text))
 
 
-def harmless(text, typed):
+def may_define_images(typed):
+    """Return whether ![x] may be an image in what was typed: it is, where [x] is defined.
+
+    To look for the end of each of very many brackets would take seconds.
+    """
+    return typed.count("![") > 100 or typed.count("[") > 300 or bool(DEFINITION.search(typed))
+
+
+def harmless(text, unsure):
     """Return Markdown that pings no whole channel, and makes nobody's client load an image.
 
-    It is a part of what was typed: elsewhere may be the definition of an image. Nothing is changed
-    in code: nothing can happen there, and people copy from it.
+    Any ![x] counts as one where that is unsure. Nothing is changed in code: nothing can happen
+    there, and people copy from it.
     """
-    # To look for the end of each of very many brackets would take seconds.
-    many = text.count("![") > 100 or typed.count("[") > 1000
-    unsure = many or DEFINITION.search(typed)
     unsafe = PERHAPS_UNSAFE if unsure else UNSAFE
     if not unsafe.search(text):
         return text
@@ -405,7 +413,7 @@ class Element:
     def __init__(self, element):
         self.element = element
         self.name = element.get("name")
-        self.label = f"**{element.get('display_name')}:**"
+        self.label = f"**{untagged(one_line(str(element.get('display_name'))))}:**"
 
     def problems(self):
         """Yield what is wrong with the element, but for its keys."""
@@ -436,8 +444,8 @@ class Element:
         """Return the answer in a text that is not empty, and what is wrong with it, or None."""
         raise NotImplementedError
 
-    def markdown(self, answer, typed):
-        """Return what a ticket says of an answer; `typed` is all that was typed into the form."""
+    def markdown(self, answer, unsure):
+        """Return what a ticket says of an answer; is it `unsure` whether ![x] is an image?"""
         raise NotImplementedError
 
 
@@ -475,8 +483,8 @@ class Text(Element):
             problem = NOT_A_URL
         return text, problem
 
-    def markdown(self, answer, typed):
-        return f"{self.label} {inline_code(untagged(answer.replace(chr(10), ' ')))}\n"
+    def markdown(self, answer, unsure):
+        return f"{self.label} {inline_code(untagged(answer))}\n"
 
 
 class Textarea(Text):
@@ -489,10 +497,10 @@ class Textarea(Text):
     def for_mattermost(self):
         return {key: value for key, value in self.element.items() if key != "code"}
 
-    def markdown(self, answer, typed):
+    def markdown(self, answer, unsure):
         if self.element.get("code"):
             return f"{self.label}\n{fenced(untagged(answer))}\n"
-        lines = untagged(harmless(answer, typed)).split("\n")
+        lines = untagged(harmless(answer, unsure)).split("\n")
         quote = "".join(f"> {line}\n" for line in lines)
         return f"{self.label}\n{quote}\n"  # without an empty line, the quote would go on
 
@@ -506,8 +514,8 @@ class Select(Element):
                    "mention": (str, 0, LONG_BYTES)}
 
     def problems(self):
-        values = set()
-        for number, option in enumerate(self.element.get("options", []), 1):
+        options, values = self.element.get("options", []), set()
+        for number, option in enumerate(options, 1):
             if not isinstance(option, dict):
                 yield f"option {number} must be a JSON object"
                 continue
@@ -519,8 +527,10 @@ class Select(Element):
             if value in values:
                 yield f"option {number}: another one has the same value"
             values.add(value)
-        if values and self.element.get("default") not in ("", None, *values):
-            yield f"default {self.element['default']!r} is not the value of an option"
+        default = self.element.get("default", "")
+        if values and default not in ("", *(
+                option.get("value") for option in options if isinstance(option, dict))):
+            yield f"default {default!r} is not the value of an option"
 
     def for_mattermost(self):
         options = [{"text": option["text"], "value": option["value"]}
@@ -533,10 +543,10 @@ class Select(Element):
                 return option["value"], None
         return None, NOT_AN_OPTION
 
-    def markdown(self, answer, typed):
+    def markdown(self, answer, unsure):
         option = next(one for one in self.element["options"] if one["value"] == answer)
         mention = f" {option['mention']}" if "mention" in option else ""
-        return f"{self.label} {inline_code(option['text'])}{mention}\n"
+        return f"{self.label} {inline_code(untagged(clean(option['text'])))}{mention}\n"
 
 
 class Bool(Element):
@@ -554,7 +564,7 @@ class Bool(Element):
         ticked = text.lower() == "true"
         return ticked, None if ticked or self.element.get("optional") else NOT_TICKED
 
-    def markdown(self, answer, typed):
+    def markdown(self, answer, unsure):
         return f"{self.label} `{YES if answer else NO}`\n"
 
 
@@ -568,7 +578,10 @@ def element_problems(element):
         return
     kind = TYPES.get(str(element.get("type")))
     if not kind:
-        yield f"type {element.get('type')!r} is not supported, only {', '.join(TYPES)}"
+        if "type" in element:
+            yield f"type {element['type']!r} is not supported, only {', '.join(TYPES)}"
+        yield from key_problems(
+            {key: element[key] for key in Element.keys if key in element}, Element.keys)
         return
     yield from key_problems(element, kind.keys)
     yield from kind(sound_part(element, kind.keys)).problems()
@@ -633,8 +646,8 @@ class Form:
 
     def markdown(self, answers):
         """Return the part of a ticket that shows the answers, in the order of the form."""
-        typed = "\n".join(map(str, answers.values()))
-        return "".join(element.markdown(answers[element.name], typed)
+        unsure = may_define_images("\n".join(map(str, answers.values())))
+        return "".join(element.markdown(answers[element.name], unsure)
                        for element in self.elements if element.name in answers)
 
 
@@ -797,8 +810,13 @@ def tls_context(ca_file):
 
 def is_loopback(url):
     """Return whether a URL leads back to the machine that it is used on."""
-    host = urllib.parse.urlsplit(url).hostname
-    return host in ("localhost", "::1") or host.startswith("127.")
+    host = urllib.parse.urlsplit(url).hostname.rstrip(".")
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
 
 
 @dataclass(frozen=True)
@@ -861,11 +879,6 @@ class Refused(Exception):
     def __init__(self, status, reason, *headers):
         super().__init__(reason)
         self.status, self.headers = status, headers
-
-
-def with_cause(error):
-    """Return what an error says, and what has caused it, for the log."""
-    return f"{error} ({error.__cause__})" if error.__cause__ else str(error)
 
 
 def brackets_in(text):
@@ -1006,6 +1019,8 @@ MESSAGE_LIMIT = 16383  # characters in a post
 STATUS_LINE_BEGINS = "|".join(  # **Status:** #ticket-open, …: each line up to its tag
     re.escape("".join(status.line.partition(status.tag)[:2])) for status in STATUSES.values())
 STATUS_LINE = re.compile(rf"^(?:{STATUS_LINE_BEGINS})(?![\w-]).*$", re.MULTILINE)
+# As somebody may have edited it; what was typed into the form holds no tag.
+TAGGED_LINE = re.compile(rf"^.*#(?:{TAG_NAMES})(?![\w-]).*$", re.MULTILINE | re.IGNORECASE)
 
 
 def json_bytes(value):
@@ -1056,7 +1071,7 @@ STATUS_ROOM = max(len(status_line(status, "x" * 64)) for status in STATUSES) - l
 def with_status(message, status, user_name):
     """Return a ticket's message with another status line; what else was edited stays."""
     line = status_line(status, user_name)
-    if old := STATUS_LINE.search(message):
+    if old := STATUS_LINE.search(message) or TAGGED_LINE.search(message):
         return message[:old.start()] + line + message[old.end():]
     first, end, rest = message.partition("\n")
     return f"{first}\n{line}{end}{rest}"
@@ -1168,10 +1183,12 @@ class TicketIds:
 
 # ------------------------------------------------------------ 7. Mattermost's REST API
 
+USER_AGENT = "Mattermost-Ticket"  # bot lists refuse Python-urllib
 ANSWER_LIMIT = 2**20  # bytes of an answer that are read
 POSTS, POSTS_LIMIT = 1000, 16 * 2**20  # that Mattermost lists at most; bytes of such a list
 ERROR_ID = re.compile(r"[a-z0-9_.]{1,100}")
 NOT_AS_MATTERMOST = "not as Mattermost does: is MATTERMOST_URL right?"
+HOPELESS = re.compile("CERTIFICATE_VERIFY_FAILED|WRONG_VERSION_NUMBER")  # OpenSSL's words
 TUNNEL_REFUSED = re.compile(r"Tunnel connection failed: (\d{3})")  # by a proxy; http.client's words
 # Mattermost's names for errors, as far as they mean something here.
 MEANINGS = {
@@ -1424,7 +1441,7 @@ class Mattermost:
         self.url, self.site_url = settings.mattermost_url, ""
         self.headers = {"Authorization": f"Bearer {settings.bot_token}",
                         "Content-Type": "application/json",
-                        "User-Agent": "Mattermost-Ticket"}  # bot lists refuse Python-urllib
+                        "User-Agent": USER_AGENT}
         url = urllib.parse.urlsplit(self.url)
         proxy = urllib.request.getproxies().get(url.scheme, "")
         if proxy and urllib.request.proxy_bypass(url.netloc):
@@ -1454,8 +1471,10 @@ class Mattermost:
             refused = TUNNEL_REFUSED.search(str(error))
             status = int(refused[1]) if refused else None
             foreign = status not in (None, 502, 503, 504)
-            raise MattermostError(
-                f"no answer of {self.peer}: {error!r:.300}", status, foreign=foreign) from error
+            failed = MattermostError(
+                f"no answer of {self.peer}: {error!r:.300}", status, foreign=foreign)
+            failed.may_pass = failed.may_pass and not HOPELESS.search(str(error))
+            raise failed from error
         if answer.status not in (200, 201):
             raise mattermost_error(answer, self.peer, keep_words=path == "/api/v4/posts")
         return answer.body
@@ -1619,17 +1638,24 @@ class Channels:
             return
         try:
             if obstacle := self.obstacle(channel_id):
-                bot = matching(USER_NAME, self.mattermost.get_me().get("username"))
-                raise Sorry(self.sentence(obstacle, after).format(bot=bot))
+                raise self.sorry(obstacle, after)
             self.good.remember(channel_id, True)
         except MattermostError as error:
             if error.status == 401 and not error.foreign:
                 raise Sorry(BAD_TOKEN) from error
             log.warning("channel=%s could not be looked at: %s", channel_id, error)
 
-    def sentence(self, obstacle, after):
-        """Return what is said of an obstacle after a "command" or a "submission"."""
-        return CANT_POST[obstacle]["ticket channel" if self.ticket_channel else after]
+    def sorry(self, obstacle, after):
+        """Return what a person is told of an obstacle; its cause is what the log is told."""
+        bot = matching(USER_NAME, self.mattermost.get_me().get("username"))
+        sorry = Sorry(CANT_POST[obstacle][self.key(after)].format(bot=bot))
+        where = "TICKET_CHANNEL" if self.ticket_channel else "the channel"
+        sorry.__cause__ = ValueError(f"{where}: {CANT_POST[obstacle]['admin'].format(bot=bot)}")
+        return sorry
+
+    def key(self, after):
+        """Return the key of a sentence in CANT_POST, after a "command" or a "submission"."""
+        return "ticket channel" if self.ticket_channel else after
 
     def obstacle(self, channel_id):
         """Return why the bot can't post in a channel, a key of CANT_POST; "" if it can, now."""
@@ -1692,8 +1718,10 @@ class Channels:
         self.ensure(channel_id, "submission")
         try:
             return self.mattermost.create_post(post, find, unsure)
-        except NotAllowed:
+        except NotAllowed as error:
             self.good.forget(channel_id)
+            if error.status == 403:
+                raise self.sorry("read only", "submission") from error
             raise
 
     def reply(self, channel_id, root_id, message, pending_post_id=None):
@@ -2052,7 +2080,7 @@ class Desk:
             return why(error, NOT_REACHED, NOT_ADDED.format(ticket_id=dialog.ticket_id))
         if error.meaning == "archived":
             self.channels.good.forget(dialog.channel_id)
-            return self.channels.sentence("archived", "submission")
+            return CANT_POST["archived"][self.channels.key("submission")]
         if error.meaning == "too long" or error.status == 413:
             return TOO_LONG_THERE
         return why(error, NOT_REACHED,
@@ -2218,14 +2246,15 @@ class Connection:
 
     def is_whole(self):
         """Return whether the request is all here; refuse it as soon as that is clear."""
+        head = self.head or read_head(self.received)
+        if not head:
+            return False
         if not self.head:
-            self.head = read_head(self.received)
-            if not self.head:
-                return False
-            self.length = body_length(self.head)
-            if b"expect" in self.head.headers and self.head.modern:
+            self.head = head
+            self.length = body_length(head)
+            if head.modern and b"expect" in head.headers and len(self.received) == head.size:
                 self.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n", socket.MSG_DONTWAIT)
-        return len(self.received) >= self.head.size + self.length
+        return len(self.received) >= head.size + self.length
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -2254,7 +2283,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:
                 self.answer_person(ROUTES[self.path])
         except Refused as refused:
-            self.note = with_cause(refused)
+            self.note = f"{refused} {refused.__cause__ or ''}".rstrip()
             self.answer(refused.status, {"error": str(refused)}, *refused.headers)
 
     def finish(self):
@@ -2276,7 +2305,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Refused:
             raise
         except Sorry as problem:
-            self.note = with_cause(problem)
+            self.note = str(problem.__cause__ or problem)
             answer = route.sorry(str(problem), said)
         except Exception:  # a bug of ours must not cost anybody their text
             log.exception("POST %s failed", self.path)
@@ -2416,10 +2445,9 @@ class Server(http.server.ThreadingHTTPServer):
                 self.judge(connection, connection.socket.recv(65536, socket.MSG_DONTWAIT))
                 return
             self.let_wait(connection)
-        except OSError:
-            self.hang_up(connection)
-        except Exception:
-            self.handle_error(connection, connection.address)
+        except Exception as error:
+            if not isinstance(error, OSError):
+                self.handle_error(connection, connection.address)
             self.hang_up(connection)
 
     def judge(self, connection, data):
@@ -2507,7 +2535,7 @@ def illness(url, tls=None):
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         connection = kind(parts.hostname, parts.port, timeout=5, **secure)
         with contextlib.closing(connection):
-            connection.request("GET", parts.path)
+            connection.request("GET", parts.path, headers={"User-Agent": USER_AGENT})
             answer = connection.getresponse()
             well = answer.status == 200 and answer.read(100) == json_bytes({"status": "ok"})
             return "" if well else f"another program answers ({answer.status})"
@@ -2561,9 +2589,9 @@ def bot_checks(desk):
         teams = [str(team.get("name")) for team in desk.mattermost.get_my_teams()
                  if isinstance(team, dict)]
     except MattermostError as error:
-        refused = error.status == 401 and not error.foreign
-        hint = " (a Token ID is not a token)" if refused else ""
-        yield "problem", f"BOT_TOKEN: {error}{hint}"
+        elsewhere = error.foreign or error.status is None
+        hint = " (a Token ID is not a token)" if error.status == 401 else ""
+        yield "problem", f"MATTERMOST_URL: {error}" if elsewhere else f"BOT_TOKEN: {error}{hint}"
         return
     if teams:
         yield "ok", f"BOT_TOKEN: it is that of @{bot}, in the team {', '.join(teams)}"
@@ -2581,7 +2609,10 @@ def ticket_channel_checks(desk, bot):
             yield "problem", f"TICKET_CHANNEL: {CANT_POST[obstacle]['admin'].format(bot=bot)}"
             return
         yield "ok", f"TICKET_CHANNEL: @{bot} can post there"
-        if desk.mattermost.get_channel(channel_id).get("type") == "P":
+        channel = {}
+        with contextlib.suppress(NotAllowed):  # who may post everywhere may not look everywhere
+            channel = desk.mattermost.get_channel(channel_id)
+        if channel.get("type") != "O":
             yield "warning", ("TICKET_CHANNEL: it is private: the links in confirmations lead "
                               "nowhere for people who are not in it")
     except MattermostError as error:
