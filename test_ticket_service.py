@@ -1491,8 +1491,15 @@ class SubmissionTest(Case):
         self.fill_channel(1000, 10)
         self.mattermost.posts.pop(next(iter(self.mattermost.posts)))
         self.start_service()
-        self.assert_refused(self.mattermost.submit_dialog(answers_to()),
-                            ticket_service.FORM_INVALID)
+        self.assert_refused(self.mattermost.submit_dialog(answers_to()), ticket_service.NOT_KNOWN)
+
+    def test_a_bot_that_can_t_look_for_a_ticket_makes_no_second_one(self):
+        self.mattermost.run_command()
+        self.forget_connections()
+        self.mattermost.script("POST /posts", loses_the_answer)
+        self.mattermost.script(f"GET /channels/{HELPDESK}/posts", fails(*NO_PERMISSION))
+        self.assert_refused(self.mattermost.submit_dialog(answers_to()), ticket_service.NOT_KNOWN)
+        self.assertEqual(len(self.mattermost.roots()), 1)
 
     def lose_the_ticket(self):
         """Submit a dialog whose ticket is made, but whose answer is lost for good."""
@@ -2832,6 +2839,10 @@ class FormTest(Case):
                               self.problems_of({"title": "T", "elements": elements})[0])
         two = self.problems_of({"title": "T", "elements": [element("users", name="")]})
         self.assertRegex("\n".join(two), "type 'users'.*\n.*name must have 1 to 300 bytes")
+        many = [{"text": f"vm-{number:05}.example.com", "value": f"{number}"}
+                for number in range(7000)]
+        [problem] = self.problems_of({"title": "T", "elements": [element("select", options=many)]})
+        self.assertIn("at most 290000 bytes", problem)
         good = {"title": "T", "elements": [element()]}
         for form, complaint in ((None, "JSON object"), ([], "JSON object"),
                                 ({"title": "T"}, "elements is missing"),

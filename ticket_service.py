@@ -206,6 +206,7 @@ OUR_FAULT = "Something went wrong in the ticket service. Please try again, or te
 FORM_INVALID = "This form is no longer valid. Copy your text, type /ticket and paste it."
 NOT_REACHED = "Mattermost does not answer. Submit again in a moment: that makes one ticket only."
 NOT_ACCEPTED = "Mattermost did not accept the ticket. Please tell your admin, or change it."
+NOT_KNOWN = "Nobody knows whether your ticket was made. Copy your text, and look for the ticket."
 NOT_ADDED = "{ticket_id} is there, but your changes are not. Please put them into its thread."
 REJECTED = "Mattermost did not accept the ticket: {reason}"
 DAY_FULL = "All ticket IDs of today are used up. Please submit again after midnight UTC."
@@ -238,6 +239,7 @@ TOO_LONG = "Please write at most {limit} characters: {excess} are too many."
 # Mattermost only logs what breaks these limits, but refuses a whole dialog for a wrong JSON type.
 LABEL_BYTES, NAME_BYTES, HELP_BYTES, LONG_BYTES = 24, 300, 150, 3000
 NUMBER_LIMIT, LIST_LIMIT = 2**31 - 1, 10_000
+DIALOG_BYTES = 290_000  # Mattermost takes 300,000 from us, in which are a state and a text, too
 JSON_TYPES = {str: ("a text", "bytes"), bool: ("true or false", ""),
               int: ("a whole number", "as its value"), list: ("a list", "entries")}
 SUBTYPES = ("", "text", "email", "number", "tel", "url")
@@ -612,6 +614,8 @@ class Form:
         if not isinstance(form, dict):
             yield "must be a JSON object"
             return
+        if size_of(json.dumps(form, ensure_ascii=False)) > DIALOG_BYTES:
+            yield f"must have at most {DIALOG_BYTES} bytes in all"
         yield from (f"{key} is for the service to set" for key in self.ours if key in form)
         form = {key: value for key, value in form.items() if key not in self.ours}
         yield from key_problems(form, self.keys)
@@ -2048,8 +2052,11 @@ class Desk:
     def earlier_ticket(self, dialog, nonces):
         """Return the post that an earlier submission of the same dialog made, or None."""
         posts, since = [], dialog.unanswered - self.clocks_differ
-        with contextlib.suppress(NotAllowed):  # a bot that may post everywhere may not read
+        try:
             posts = self.mattermost.get_channel_posts(dialog.channel_id, since * 1000)
+        except NotAllowed as error:  # a bot that may post everywhere may not read
+            if dialog.ticket_id:  # and one has been sent
+                raise Sorry(NOT_KNOWN) from error
         me = self.mattermost.get_me()["id"]
         ours = [post for post in posts if isinstance(post, dict)
                 and post.get("user_id") == me and not post.get("delete_at")]
@@ -2059,7 +2066,7 @@ class Desk:
                 dialog.has_reply = any(reply.get("root_id") == post["id"] for reply in ours)
                 return post
         if len(posts) >= POSTS:  # there may be more, and the ticket among them
-            raise Sorry(FORM_INVALID)
+            raise Sorry(NOT_KNOWN)
         return None
 
     def post_changes(self, dialog, answers):
