@@ -2713,6 +2713,8 @@ class FormTest(Case):
                 "`@⁂all", "a ` b\n`@⁂all`", "\\`@⁂all`", "```\n@⁂all", "``` x\n@⁂all",
                 "[`](x) !⁂[a](u) `", "*a `*!⁂[x](u)` b", "http://a/` @⁂all `", "<a `>@⁂all`",
                 "```\n@⁂all\n``` x", "a\n ```\n@⁂all\n\n```\n@⁂all\n```",
+                "http://a\u00a0` @⁂all`", "> a\n```\n\n!⁂[a](u)\n```", "@⁂all\U0002ebf0",
+                "> a\n```\n@all\n```", "> a\n\n```\n\n@all\n```",
                 "`x``!⁂[x](u)`", "!⁂[1]\n1. [1]: u", "a | b\n---|---\n`!⁂[x](u) | c`",
                 "`x | !⁂[x](u)`\n--|:-", "`a\n\n@⁂all`"):
             with self.subTest(typed):

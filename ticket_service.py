@@ -251,7 +251,9 @@ UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud80
 JOINER = "\u2060"  # invisible; Mattermost sees no mention, image or hashtag where it stands
 TAG_NAMES = "|".join(status.tag[1:] for status in STATUSES.values())
 STATUS_TAG = re.compile(rf"#(?=(?:{TAG_NAMES})(?![-_.]*[a-z0-9]))", re.IGNORECASE)
-CHANNEL_MENTION = r"(?<![^\W_])@(?=(?:all|channel|here)(?![^\W_]))"
+# As Mattermost splits words: x@all is none. Later letters may be none to its version of Unicode.
+CHANNEL_MENTION = (r"(?<![^\W_\u0250-\U0010ffff])@"
+                   r"(?=(?:all|channel|here)(?![^\W_\u0250-\U0010ffff]))")
 # &#64;all is an @all for Mattermost, and so is @&#97;ll.
 REFERENCE = r"&(?=#x?[0-9a-f]{1,8};|commat;)"
 # ![a](url), ![a [b]][name], but not vec![1]: what follows the brackets, which are read as
@@ -272,7 +274,11 @@ INLINE_CODE = re.compile(r"(?<!`)(`{1,2})(?!`)(?:(?!\1).)+\1(?!`)")
 COMPLETE = re.compile(
     r"\[[^][<`*_~]*\](?:\([^()<`]*\)|(?!\())|(\*\*?|__?|~~)(?=\S)[^][<`*_~]+\1"
     r"|(?<=\w)_(?=\w)|^\s*[*+-] ")
-LOOSE = re.compile(r"[][`<|*_~]|\\$|(?<!\S)(?=\S*?(?:://|www\.))\S*$", re.IGNORECASE)
+LOOSE = re.compile(
+    r"[][`<|*_~]|\\$|(?<![^ \t])(?=[^ \t]*?(?:://|www\.))[^ \t]*$", re.IGNORECASE)
+# A quote or a list goes on up to an empty line, for some readers also into a fence.
+QUOTE_OR_LIST = re.compile(r"^ *(?:>|[*+-] |\d+[.)] )", re.MULTILINE)
+EMPTY_LINE = re.compile(r"\n[ \t]*\n")
 
 
 def clean(text):
@@ -337,7 +343,9 @@ def code_in(text):
     """Yield where code is in Markdown: (start, end) of each fence and of inline code."""
     end = 0
     for fence in FENCED.finditer(text):
-        if re.search("```|~~~", text[end:fence.start()]):  # it may begin or end in another place
+        before = text[end:fence.start()]
+        cut = EMPTY_LINE.search(fence[0]) and QUOTE_OR_LIST.search(EMPTY_LINE.split(before)[-1])
+        if cut or re.search("```|~~~", before):  # it may begin or end in another place
             return
         yield from inline_code_in(text, end, fence.start())
         yield fence.span()
@@ -350,7 +358,7 @@ def may_define_images(typed):
 
     To look for the end of each of very many brackets would take seconds.
     """
-    return typed.count("![") > 100 or typed.count("[") > 300 or bool(DEFINITION.search(typed))
+    return typed.count("![") > 50 or typed.count("[") > 300 or bool(DEFINITION.search(typed))
 
 
 def harmless(text, unsure):
