@@ -270,7 +270,7 @@ TABLE = re.compile(r"^(?=.*\|)(?=.*-)[ |:-]*+$", re.MULTILINE)
 INLINE_CODE = re.compile(r"(?<!`)(`{1,2})(?!`)(?:(?!\1).)+\1(?!`)")
 # Prose that begins and ends nothing outside itself: [a](url), *a*, **a**, snake_case, a bullet.
 # What is left, a lone ` or * or [, may begin before code and end in it, for some reader of
-# Markdown; so may a \\ at the end of a line, or a URL, which goes on up to the next space.
+# Markdown; so may a \ at the end of a line, or a URL, which goes on up to the next space.
 COMPLETE = re.compile(
     r"\[[^][<`*_~]*\](?:\([^()<`]*\)|(?!\())|(\*\*?|__?|~~)(?=\S)[^][<`*_~]+\1"
     r"|(?<=\w)_(?=\w)|^\s*[*+-] ")
