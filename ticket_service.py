@@ -32,7 +32,6 @@ import json
 import logging
 import math
 import os
-import queue
 import re
 import resource
 import secrets
@@ -1335,30 +1334,6 @@ class Answer(NamedTuple):
         return cls(response.status, response.headers, body)
 
 
-def connect_in_time(connect, seconds):
-    """Connect, or raise TimeoutError; the time-out of a socket does not see to that.
-
-    It does not hold for the look-up of a name, which takes up to a minute if no name server
-    answers, and begins anew with each address of a host.
-    """
-    left = deadline.left(seconds)
-    outcome: queue.SimpleQueue = queue.SimpleQueue()
-
-    def attempt():
-        try:
-            outcome.put(connect())
-        except Exception as error:
-            outcome.put(error)
-
-    try:
-        threading.Thread(target=attempt, daemon=True).start()
-        failure = outcome.get(timeout=left)
-    except (queue.Empty, RuntimeError) as error:  # RuntimeError: no thread is left
-        raise TimeoutError("no connection in time") from error
-    if failure:
-        raise failure
-
-
 class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     """Opens http and https URLs on connections that are kept for the next call.
 
@@ -1373,6 +1348,7 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         super().__init__(context=context)
         self.proxied = proxied
         self.idle: collections.deque = collections.deque()
+        self.connecting = ThreadPoolExecutor(self.most)
 
     def do_open(self, http_class, req, **http_conn_args):
         """Return the answer, read to its end; urllib's own do_open() leaves that to the caller."""
@@ -1380,7 +1356,7 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
             connection = http_class(host, **more)
             connection.response_class = TimedResponse
             connection.connect = functools.partial(
-                connect_in_time, connection.connect, req.timeout)
+                self.connect_in_time, connection.connect, req.timeout)
             return connection
 
         if self.proxied:
@@ -1395,6 +1371,23 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
             except (OSError, http.client.HTTPException) as error:
                 log.debug("a kept connection had died: %r", error)
         return self.exchange(new_connection(req.host, timeout=req.timeout, **http_conn_args), req)
+
+    def connect_in_time(self, connect, seconds):
+        """Connect, or raise TimeoutError; the time-out of a socket does not see to that.
+
+        It does not hold for the look-up of a name, which takes up to a minute if no name server
+        answers, and begins anew with each address of a host.
+        """
+        left = deadline.left(seconds)
+        try:
+            attempt = self.connecting.submit(connect)
+        except RuntimeError as error:  # no thread is left, or the process ends
+            raise TimeoutError(str(error)) from error
+        try:
+            attempt.result(left)
+        except TimeoutError as error:
+            attempt.cancel()  # if it has not begun
+            raise TimeoutError("no connection in time") from error
 
     def exchange(self, connection, request):
         """Send a request, return its answer, and keep the connection if the other side does."""
