@@ -252,18 +252,18 @@ TAG_NAMES = "|".join(status.tag[1:] for status in STATUSES.values())
 STATUS_TAG = re.compile(rf"#(?=(?:{TAG_NAMES})(?![-_.]*[a-z0-9]))", re.IGNORECASE)
 # As Mattermost splits words: x@all is none. Later letters may be none to its version of Unicode.
 CHANNEL_MENTION = (r"(?<![^\W_\u0250-\U0010ffff])@"
-                   r"(?=(?:all|channel|here)(?![^\W_\u0250-\U0010ffff]))")
+                   r"(?=(?i:all|channel|here)(?![^\W_\u0250-\U0010ffff]))")
 # &#64;all is an @all for Mattermost, and so is @&#97;ll.
-REFERENCE = r"&(?=#x?[0-9a-f]{1,8};|commat;)"
+REFERENCE = r"&(?=(?i:#x?[0-9a-f]{1,8}|commat);)"
 # ![a](url), ![a [b]][name], but not vec![1]: what follows the brackets, which are read as
 # Mattermost's web client does. After an escape or code in them (![`]`](url), ![\\](url)) the
 # clients differ: so there, anything up to a later ]( counts.
 IMAGE = (r"!(?=\[(?:(?:\[[^\]]*\]|[^\[\]]|\](?=[^\[\]]*\]))*"
          r"|(?:\[[^][\\`<]*\]|[^][\\`<])*[\\`<].*?)\](?:\(|\s*\[))")
-UNSAFE = re.compile(f"{CHANNEL_MENTION}|{REFERENCE}|{IMAGE}", re.IGNORECASE | re.DOTALL)
+UNSAFE = re.compile(f"{CHANNEL_MENTION}|{REFERENCE}|{IMAGE}", re.DOTALL)
 # Where a text defines what [x] is ([x]: url), ![x] alone is an image, too.
 DEFINITION = re.compile(r"^[ \t>*+\-\d.)]*+\[(?:\\.|[^\]])++\]:", re.MULTILINE)
-PERHAPS_UNSAFE = re.compile(rf"{CHANNEL_MENTION}|{REFERENCE}|!(?=\[)", re.IGNORECASE)
+PERHAPS_UNSAFE = re.compile(rf"{CHANNEL_MENTION}|{REFERENCE}|!(?=\[)")
 FENCED = re.compile(r"^(`{3,}|~{3,})[\w.+#-]* *\n(?:(?!.*\1).*\n)*\1 *$", re.MULTILINE)
 TABLE = re.compile(r"^(?=.*\|)(?=.*-)[ |:-]*+$", re.MULTILINE)
 INLINE_CODE = re.compile(r"(?<!`)(`{1,2})(?!`)(?:(?!\1).)+\1(?!`)")
