@@ -205,7 +205,7 @@ OUR_FAULT = "Something went wrong in the ticket service. Please try again, or te
 FORM_INVALID = "This form is no longer valid. Copy your text, type /ticket and paste it."
 NOT_REACHED = "Mattermost does not answer. Submit again in a moment: that makes one ticket only."
 NOT_ACCEPTED = "Mattermost did not accept the ticket. Please tell your admin, or change it."
-NOT_KNOWN = "Nobody knows whether your ticket was made. Copy your text, and look for the ticket."
+NOT_KNOWN = "Your ticket may be there: look for it. If it is not, copy your text to a new /ticket."
 NOT_ADDED = "{ticket_id} is there, but your changes are not. Please put them into its thread."
 REJECTED = "Mattermost did not accept the ticket: {reason}"
 DAY_FULL = "All ticket IDs of today are used up. Please submit again after midnight UTC."
@@ -621,7 +621,7 @@ class Form:
         if not isinstance(form, dict):
             yield "must be a JSON object"
             return
-        if size_of(json.dumps(form, ensure_ascii=False)) > DIALOG_BYTES:
+        if size_of(json.dumps(form, ensure_ascii=False, default=str)) > DIALOG_BYTES:
             yield f"must have at most {DIALOG_BYTES} bytes in all"
         yield from (f"{key} is for the service to set" for key in self.ours if key in form)
         form = {key: value for key, value in form.items() if key not in self.ours}
@@ -2004,24 +2004,23 @@ class Desk:
 
     def file_ticket(self, dialog, answers):
         """Post a ticket, or find the one that an earlier attempt made."""
-        nonces = self.nonces("ticket", dialog)
+        nonces, began = self.nonces("ticket", dialog), int(time.time())
 
-        def find():
+        def find():  # asked for only after a try that may have worked
+            dialog.unanswered = dialog.unanswered or began
             return self.earlier_ticket(dialog, nonces)
 
-        unanswered = dialog.unanswered
-        made = find() if unanswered else None
+        made = find() if dialog.unanswered else None
         if not made:
             dialog.ticket_id = dialog.ticket_id or self.ids.next()
             post = self.ticket_post(dialog, answers, nonces[0])
-            dialog.unanswered = unanswered or int(time.time())
             try:
                 made = self.channels.create_post(post, find)
                 if not is_ticket(made, nonces):
                     raise self.mattermost.odd_answer()
             except MattermostError as error:
-                if not error.may_have_worked:
-                    dialog.unanswered = unanswered
+                if error.may_have_worked:
+                    dialog.unanswered = dialog.unanswered or began
                 raise
         dialog.ticket_id, dialog.post_id = made["props"]["ticket_id"], made["id"]
         dialog.posted = fingerprint(made["props"]["ticket"].get("answers"))
