@@ -2590,6 +2590,68 @@ EVERY_TYPE = {"title": "All", "elements": [
 GOOD = {"text": "abc", "code": "\\_archive\\*.bak\n- a", "number": 42, "email": "a@b",
         "url": "http://x", "select": "1", "radio": "2", "must": True}
 
+# Elements of a form, and the first complaint about them
+BAD_ELEMENTS: tuple = (
+    ([], "elements must have 1"), ({}, "elements must be a list"),
+    ([1], "element 1: must be a JSON object"),
+    ([element("users")], "element x: type 'users' is not supported"),
+    ([{"name": "x", "display_name": "X"}], "element x: type is missing"),
+    ([element("date")], "'date'"), ([element(["text"])], "not supported"),
+    ([{"type": "text", "name": "x"}], "element x: display_name is missing"),
+    ([{"type": "text", "display_name": "X"}], "element 1: name is missing"),
+    ([element(), element()], "element x: another one has the same name"),
+    ([element(display_name="é" * 13)], "display_name must have 1 to 24 bytes, not 26"),
+    ([element(display_name="")], "display_name must have 1 to 24 bytes, not 0"),
+    ([element(name="n" * 301)], "name must have 1 to 300"),
+    ([element(help_text="h" * 151)], "help_text must have 0 to 150"),
+    ([element(default="d" * 151)], "default must have 0 to 150"),
+    ([element("textarea", placeholder="p" * 3001)], "placeholder must have 0 to 3000"),
+    ([element(optional="true")], "optional must be true or false"),
+    ([element(default=7)], "default must be a text"),
+    ([element(default="\ud800" * 151)], "default must have 0 to 150"),
+    ([element(max_length="9")], "max_length must be a whole number"),
+    ([element(min_length=True)], "min_length must be a whole number"),
+    ([element(min_length=9, max_length=8)], "min_length must not be more than max"),
+    ([element(min_length=-1)], "min_length"), ([element(min_length=151)], "min_length"),
+    ([element(subtype="password")], "subtype must be one of text, email"),
+    ([element(subtype="number", default="x")], "default: "),
+    ([element("bool", default="True")], 'default must be "true" or "false"'),
+    ([element("select")], "options is missing"),
+    ([element("radio", options=[])], "options must have 1"),
+    ([element("select", options={})], "options must be a list"),
+    ([element("select", options=OPTIONS, data_source="users")], "data_source"),
+    ([element("select", options=["One"])], "option 1 must be a JSON object"),
+    ([element("select", options=[{"text": "One"}])], "option 1: value is missing"),
+    ([element("select", options=[{"text": "", "value": "1"}])], "option 1: text must"),
+    ([element("select", options=OPTIONS, default="One")], "'One' is not the value"),
+    ([element("select", options=[{"text": "A", "value": " "}])], "value is blank"),
+    ([element("select", options=[{"text": "A", "value": "a"}, {"text": "B",
+      "value": "a "}])], "option 2: another one has the same"),
+    ([element("select", options=OPTIONS * 2)], "option 3: another one has the same"),
+    ([element("select", options=OPTIONS, multiselect=True)], "multiselect"),
+    ([element("select", options=[{**OPTIONS[0], "mention": "first"}])],
+     "option 1: mention must look like @team-or"),
+    ([element(placehoder="x")], "element x: placehoder is not one of"),
+    ([element(code=True)], "code is not one of"),
+    ([element("textarea", code="yes")], "code must be true or false"),
+    ([element("select", options=[{**OPTIONS[0], "mentoin": "@a"}])], "mentoin"),
+)
+GOOD_FORM = {"title": "T", "elements": [element()]}
+BAD_FORMS: tuple = (
+    (None, "JSON object"), ([], "JSON object"),
+    ({"title": "T"}, "elements is missing"),
+    ({"elements": [element()]}, "title is missing"),
+    ({**GOOD_FORM, "title": "x" * 25}, "title must have 1 to 24"),
+    ({**GOOD_FORM, "title": 7}, "title must be a text"),
+    ({**GOOD_FORM, "icon_url": 7}, "icon_url must be a text"),
+    ({**GOOD_FORM, "submit_lable": "x"}, "submit_lable is not one of"),
+    ({**GOOD_FORM, "notify_on_cancel": True}, "for the service to set"),
+    ({**GOOD_FORM, "callback_id": "x"}, "for the service to set"),
+    ({**GOOD_FORM, "state": "x"}, "for the service to set"),
+    ({**GOOD_FORM, "mention": "helpdesk"}, "must look like @team-or-user"),
+    ({**GOOD_FORM, "mention": "@a @b"}, "must look like @team-or-user"),
+)
+
 
 class FormTest(Case):
     def setUp(self):
@@ -2808,75 +2870,22 @@ class FormTest(Case):
         return lines
 
     def test_a_form_that_mattermost_would_not_show_is_refused_at_start(self):
-        first = {**OPTIONS[0], "mention": "first"}
-        for elements, complaint in (
-                ([], "elements must have 1"), ({}, "elements must be a list"),
-                ([1], "element 1: must be a JSON object"),
-                ([element("users")], "element x: type 'users' is not supported"),
-                ([{"name": "x", "display_name": "X"}], "element x: type is missing"),
-                ([element("date")], "'date'"), ([element(["text"])], "not supported"),
-                ([{"type": "text", "name": "x"}], "element x: display_name is missing"),
-                ([{"type": "text", "display_name": "X"}], "element 1: name is missing"),
-                ([element(), element()], "element x: another one has the same name"),
-                ([element(display_name="é" * 13)], "display_name must have 1 to 24 bytes, not 26"),
-                ([element(display_name="")], "display_name must have 1 to 24 bytes, not 0"),
-                ([element(name="n" * 301)], "name must have 1 to 300"),
-                ([element(help_text="h" * 151)], "help_text must have 0 to 150"),
-                ([element(default="d" * 151)], "default must have 0 to 150"),
-                ([element("textarea", placeholder="p" * 3001)], "placeholder must have 0 to 3000"),
-                ([element(optional="true")], "optional must be true or false"),
-                ([element(default=7)], "default must be a text"),
-                ([element(default="\ud800" * 151)], "default must have 0 to 150"),
-                ([element(max_length="9")], "max_length must be a whole number"),
-                ([element(min_length=True)], "min_length must be a whole number"),
-                ([element(min_length=9, max_length=8)], "min_length must not be more than max"),
-                ([element(min_length=-1)], "min_length"), ([element(min_length=151)], "min_length"),
-                ([element(subtype="password")], "subtype must be one of text, email"),
-                ([element(subtype="number", default="x")], "default: "),
-                ([element("bool", default="True")], 'default must be "true" or "false"'),
-                ([element("select")], "options is missing"),
-                ([element("radio", options=[])], "options must have 1"),
-                ([element("select", options={})], "options must be a list"),
-                ([element("select", options=OPTIONS, data_source="users")], "data_source"),
-                ([element("select", options=["One"])], "option 1 must be a JSON object"),
-                ([element("select", options=[{"text": "One"}])], "option 1: value is missing"),
-                ([element("select", options=[{"text": "", "value": "1"}])], "option 1: text must"),
-                ([element("select", options=OPTIONS, default="One")], "'One' is not the value"),
-                ([element("select", options=[{"text": "A", "value": " "}])], "value is blank"),
-                ([element("select", options=[{"text": "A", "value": "a"}, {"text": "B",
-                  "value": "a "}])], "option 2: another one has the same"),
-                ([element("select", options=OPTIONS * 2)], "option 3: another one has the same"),
-                ([element("select", options=OPTIONS, multiselect=True)], "multiselect"),
-                ([element("select", options=[first])], "option 1: mention must look like @team-or"),
-                ([element(placehoder="x")], "element x: placehoder is not one of"),
-                ([element(code=True)], "code is not one of"),
-                ([element("textarea", code="yes")], "code must be true or false"),
-                ([element("select", options=[{**OPTIONS[0], "mentoin": "@a"}])], "mentoin")):
+        for elements, complaint in BAD_ELEMENTS:
             with self.subTest(complaint):
                 self.assertIn(complaint,
                               self.problems_of({"title": "T", "elements": elements})[0])
+        for form, complaint in BAD_FORMS:
+            with self.subTest(complaint):
+                [line] = self.problems_of(form)
+                self.assertIn(complaint, line)
+
+    def test_all_faults_of_a_form_are_named_and_its_size_is_one(self):
         two = self.problems_of({"title": "T", "elements": [element("users", name="")]})
         self.assertRegex("\n".join(two), "type 'users'.*\n.*name must have 1 to 300 bytes")
         many = [{"text": f"vm-{number:05}.example.com", "value": f"{number}"}
                 for number in range(7000)]
         [problem] = self.problems_of({"title": "T", "elements": [element("select", options=many)]})
         self.assertIn("at most 290000 bytes", problem)
-        good = {"title": "T", "elements": [element()]}
-        for form, complaint in ((None, "JSON object"), ([], "JSON object"),
-                                ({"title": "T"}, "elements is missing"),
-                                ({"elements": [element()]}, "title is missing"),
-                                ({**good, "title": "x" * 25}, "title must have 1 to 24"),
-                                ({**good, "title": 7}, "title must be a text"),
-                                ({**good, "icon_url": 7}, "icon_url must be a text"),
-                                ({**good, "submit_lable": "x"}, "submit_lable is not one of"),
-                                ({**good, "notify_on_cancel": True}, "for the service to set"),
-                                ({**good, "callback_id": "x"}, "for the service to set"),
-                                ({**good, "state": "x"}, "for the service to set"),
-                                ({**good, "mention": "helpdesk"}, "must look like @team-or-user"),
-                                ({**good, "mention": "@a @b"}, "must look like @team-or-user")):
-            with self.subTest(complaint):
-                [line] = self.problems_of(form)
-                self.assertIn(complaint, line)
 
     def test_all_that_is_wrong_with_a_form_is_named(self):
         options = [{"text": 1, "value": "1"}, {"text": "b", "value": "1", "x": 2}]
