@@ -28,6 +28,7 @@ import http.client
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -54,7 +55,7 @@ from typing import NamedTuple
 log = logging.getLogger("ticket")
 
 
-# ------------------------------------------------- 1. The form, and the sentences people read
+# ------------------------------------------------------- 1. The form, and the sentences people read
 
 # Mattermost's own dialog object, as it goes over the wire:
 # https://developers.mattermost.com/integrate/plugins/interactive-dialogs/
@@ -233,61 +234,40 @@ TOO_SHORT = "Please write at least {limit} characters."
 TOO_LONG = "Please write at most {limit} characters: {excess} are too many."
 
 
-# ------------------------------------------ 2. What a form may be, and what may be answered
+# ------------------------------------------------------------ 2. Writing: what we say to Mattermost
 
-# Mattermost only logs what breaks these limits, but refuses a whole dialog for a wrong JSON type.
-LABEL_BYTES, NAME_BYTES, HELP_BYTES, LONG_BYTES = 24, 300, 150, 3000
-NUMBER_LIMIT, LIST_LIMIT = 2**31 - 1, 10_000
-DIALOG_BYTES = 290_000  # Mattermost takes 300,000 from us, in which are a state and a text, too
-JSON_TYPES = {str: ("a text", "bytes"), bool: ("true or false", ""),
-              int: ("a whole number", "as its value"), list: ("a list", "entries")}
-SUBTYPES = ("", "text", "email", "number", "tel", "url")
-MENTION = re.compile(r"@[\w.-]+")
-NUMBER = re.compile(r"[+-]?(\d++(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029\u2424]")  # what Mattermost's clients break at
 UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 JOINER = "\u2060"  # invisible; Mattermost sees no mention, image or hashtag where it stands
 TAG_NAMES = "|".join(status.tag[1:] for status in STATUSES.values())
 STATUS_TAG = re.compile(rf"#(?=(?:{TAG_NAMES})(?![-_.]*[a-z0-9]))", re.IGNORECASE)
-# As Mattermost splits words: x@all is none. Later letters may be none to its version of Unicode.
-CHANNEL_MENTION = (r"(?<![^\W_\u0250-\U0010ffff])@"
-                   r"(?=(?i:all|channel|here)(?![^\W_\u0250-\U0010ffff]))")
+
+# The @ of @all, as Mattermost splits words: x@all is none, but w@all and @allw are, in [w@all](u).
+# Later letters may be none to its version of Unicode.
+CHANNEL_MENTION = (r"(?<![^\W_wW\u0250-\U0010ffff])@"
+                   r"(?=(?i:all|channel|here)(?![^\W_wW\u0250-\U0010ffff]))")
 # &#64;all is an @all for Mattermost, and so is @&#97;ll.
 REFERENCE = r"&(?=(?i:#x?[0-9a-f]{1,8}|commat);)"
-# ![a](url), ![a [b]][name], but not vec![1]: what follows the brackets, which are read as
-# Mattermost's web client does. After an escape or code in them (![`]`](url), ![\\](url)) the
-# clients differ: so there, anything up to a later ]( counts.
-IMAGE = (r"!(?=\[(?:(?:\[[^\]]*\]|[^\[\]]|\](?=[^\[\]]*\]))*"
-         r"|(?:\[[^][\\`<]*\]|[^][\\`<])*[\\`<].*?)\](?:\(|\s*\[))")
-UNSAFE = re.compile(f"{CHANNEL_MENTION}|{REFERENCE}|{IMAGE}", re.DOTALL)
-# Where a text defines what [x] is ([x]: url), ![x] alone is an image, too.
-DEFINITION = re.compile(r"^[ \t>*+\-\d.)]*+\[(?:\\.|[^\]])++\]:", re.MULTILINE)
-PERHAPS_UNSAFE = re.compile(rf"{CHANNEL_MENTION}|{REFERENCE}|!(?=\[)")
-FENCED = re.compile(r"^(`{3,}|~{3,})[\w.+#-]* *\n(?:(?!.*\1).*\n)*\1 *$", re.MULTILINE)
-TABLE = re.compile(r"^(?=.*\|)(?=.*-)[ |:-]*+$", re.MULTILINE)
-INLINE_CODE = re.compile(r"(?<!`)(`{1,2})(?!`)(?:(?!\1).)+\1(?!`)")
-# Prose that begins and ends nothing outside itself: [a](url), *a*, **a**, snake_case, a bullet.
-# What is left, a lone ` or * or [, may begin before code and end in it, for some reader of
-# Markdown; so may a \ at the end of a line, or a URL, which goes on up to the next space.
-COMPLETE = re.compile(
-    r"\[[^][<`*_~]*\](?:\([^()<`]*\)|(?!\())|(\*\*?|__?|~~)(?=\S)[^][<`*_~]+\1"
-    r"|(?<=\w)_(?=\w)|^\s*[*+-] ")
-LOOSE = re.compile(
-    r"[][`<|*_~]|\\$|(?<![^ \t])(?=[^ \t]*?(?:://|www\.))[^ \t]*$", re.IGNORECASE)
-# A quote or a list goes on up to an empty line, for some readers also into a fence.
-QUOTE_OR_LIST = re.compile(r"^ *(?:>|[*+-] |\d+[.)] )", re.MULTILINE)
-EMPTY_LINE = re.compile(r"\n[ \t]*\n")
+PING = re.compile(f"{CHANNEL_MENTION}|{REFERENCE}")
+# ![x](url); !\[x](url) is one as well, where it is in the text of a link.
+IMAGE = re.compile(r"!(?=\\*\[)")
+# [x]: url, also behind >, - or - [ ], and over lines. A \] ends a label for some, for some not.
+LABEL = re.compile(r"^(?:[ \t\xa0>*+\-\d.)]|\[[ xX]\](?=\s))*\[(?:[^\]\\]|\\.)*+(?:\]:)?",
+                   re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"([ \t]*)(`{3,}+(?=[^`]*$)|~{3,})(.*)")  # a line: blanks, marks, what follows
+LANGUAGE = re.compile(r"[\w.+#-]*")
+
+
+def without_blank_ends(text):
+    """Return a text without blank lines at its ends; code that begins with blanks keeps them."""
+    text = re.sub(r"\A\s*\n", "", text).rstrip()
+    return text if "\n" in text else text.strip()
 
 
 def clean(text):
     """Return what a person typed, with plain line ends and without what can't be seen or sent."""
-    return UNSEEN.sub("", LINE_ENDS.sub("\n", text)).strip()
-
-
-def fingerprint(value):
-    """Return a text that is the same for the same JSON value, and for no other."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return without_blank_ends(UNSEEN.sub("", LINE_ENDS.sub("\n", text)))
 
 
 def one_line(text):
@@ -300,12 +280,6 @@ def longest_run(mark, text):
     return max(map(len, re.findall(f"{mark}+", text)), default=0)
 
 
-def fenced(text):
-    """Return Markdown that shows a text as it is."""
-    fence = "`" * max(3, longest_run("`", text) + 1)
-    return f"{fence}\n{text}\n{fence}"
-
-
 def inline_code(text):
     """Return Markdown that shows a text as it is, in one line."""
     text = text.replace("\n", " ")
@@ -314,64 +288,159 @@ def inline_code(text):
     return f"{ticks}{room}{text}{room}{ticks}"
 
 
+def code_block(text, language=""):
+    """Return Markdown that shows a text as it is."""
+    fence = "`" * max(3, longest_run("`", text) + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
 def untagged(text):
     """Return a text that puts no ticket into a list of open, taken or closed ones."""
     return STATUS_TAG.sub(f"#{JOINER}", text)
 
 
-def inline_code_in(text, start, end):
-    """Yield where inline code is in a part of a text without fences: (start, end).
+def quotes_and_code(text):
+    """Return what was typed, as Markdown that pings no channel and loads no image.
 
-    Only where all readers of Markdown see it: not if something that began before it in the same
-    paragraph may end in it, or begin in it and end after it.
+    In code nothing can happen, and people copy from it: it stays as it is. In prose, an invisible
+    character breaks what pings or loads. But where code is, only the fences tell (``` or ~~~): the
+    programs that read Markdown differ on all else. So a text is cut at its fences. Prose becomes a
+    quote, which they all end at the empty line behind it, and what was between two fences is put
+    between fences of ours, longer than any in it, which they all see at the beginning of a line.
     """
-    table = TABLE.search(text, start, end)  # its cells may begin and end in code
-    sure = True
-    for line in text[start:end].split("\n"):
-        prose = [COMPLETE.sub("", part) for part in INLINE_CODE.split(line)[::2]]  # not the ticks
-        code = list(INLINE_CODE.finditer(line))
-        paragraph_begins = not line.strip()
-        sure = ((sure or paragraph_begins) and not any(map(LOOSE.search, prose))
-                and not any(re.match(r"[^\[]*\]", one[0]) for one in code))
-        if sure and not table:
-            yield from ((start + one.start(), start + one.end()) for one in code)
-        start += len(line) + 1
+    markdown, prose, lines = "", "", iter(text.split("\n"))
+    for line in lines:
+        fence = FENCE.fullmatch(line)
+        if not fence:
+            prose += line + "\n"
+            continue
+        code = itertools.takewhile(lambda line: not ends_code(line, fence), lines)
+        markdown += quote(prose) + typed_code(fence, list(code))
+        prose = ""
+    return markdown + quote(prose)
 
 
-def code_in(text):
-    """Yield where code is in Markdown: (start, end) of each fence and of inline code."""
-    end = 0
-    for fence in FENCED.finditer(text):
-        before = text[end:fence.start()]
-        cut = EMPTY_LINE.search(fence[0]) and QUOTE_OR_LIST.search(EMPTY_LINE.split(before)[-1])
-        if cut or re.search("```|~~~", before):  # it may begin or end in another place
-            return
-        yield from inline_code_in(text, end, fence.start())
-        yield fence.span()
-        end = fence.end()
-    yield from inline_code_in(text, end, len(text))
+def ends_code(line, fence):
+    """Return whether a line ends what a fence begins: as many marks or more, and nothing else."""
+    end = FENCE.fullmatch(line)
+    return (end and end[2].startswith(fence[2]) and not end[3].strip()
+            and len(end[1].expandtabs()) <= len(fence[1].expandtabs()) + 3)
 
 
-def may_define_images(typed):
-    """Return whether ![x] may be an image in what was typed: it is, where [x] is defined.
+def typed_code(fence, lines):
+    """Return the lines that stood behind a fence, in a code block, and an empty line."""
+    blanks, language = re.compile(f"[ \t]{{0,{len(fence[1])}}}"), fence[3].strip()
+    lines = [blanks.sub("", line, count=1) for line in lines]
+    if not LANGUAGE.fullmatch(language):  # then it would not be seen there
+        lines, language = [language, *lines], ""
+    return code_block("\n".join(lines), language) + "\n\n"
 
-    To look for the end of each of very many brackets would take seconds.
+
+def quote(prose):
+    """Return prose in a quote, and an empty line; nothing in it pings a channel or loads images."""
+    prose = without_blank_ends(prose)
+    if not prose:
+        return ""
+    before, mark, after = prose.rpartition("](")  # there is no image without one behind it
+    prose = IMAGE.sub(f"!{JOINER}", before) + mark + after
+    # A definition makes an image of ![x], and is not shown. Before pings: its label may hold one.
+    prose = LABEL.sub(lambda label: label[0].replace("]:", f"]{JOINER}:"), prose)
+    prose = PING.sub(rf"\g<0>{JOINER}", prose)
+    return "".join(f"> {line}\n" for line in prose.split("\n")) + "\n"
+
+
+# Without escapes: they would push a long ticket over Mattermost's limit of 300,000 bytes.
+JSON = json.JSONEncoder(ensure_ascii=False)
+MESSAGE_LIMIT = 16383  # characters in a post
+STATUS_LINE_BEGINS = "|".join(  # **Status:** #ticket-open, …: each line up to its tag
+    re.escape("".join(status.line.partition(status.tag)[:2])) for status in STATUSES.values())
+STATUS_LINE = re.compile(rf"^(?:{STATUS_LINE_BEGINS})(?![\w-]).*$", re.MULTILINE)
+# As somebody may have edited it; what was typed into the form holds no tag.
+TAGGED_LINE = re.compile(rf"^.*#(?:{TAG_NAMES})(?![\w-]).*$", re.MULTILINE | re.IGNORECASE)
+
+
+def json_bytes(value):
+    """Return JSON in UTF-8."""
+    return JSON.encode(value).encode("utf-8", "replace")
+
+
+def milliseconds():
+    """Return the time as Mattermost writes it."""
+    return int(time.time() * 1000)
+
+
+def ephemeral(text):
+    """Return an answer that only the person who typed the command sees."""
+    # Without skip_slack_parsing, a typed <!channel> would become a mention.
+    return {"response_type": "ephemeral", "text": text, "skip_slack_parsing": True}
+
+
+def given_back(sentence, text):
+    """Return an ephemeral answer that gives people their text back."""
+    return ephemeral(f"{sentence}\n{WHAT_YOU_TYPED}\n{code_block(text)}" if text else sentence)
+
+
+def status_line(status, user_name):
+    """Return the line of a ticket that says what has become of it."""
+    return STATUSES[status].line.format(user_name=user_name)
+
+
+def ticket_message(ticket_id, user_name, form, answers, thread_link=""):
+    """Return the message of a ticket; the hashtags make its ID and its status searchable.
+
+    The status stands before what was typed: of a post's hashtags, Mattermost keeps the first 1,000
+    characters.
     """
-    return typed.count("![") > 50 or typed.count("[") > 300 or bool(DEFINITION.search(typed))
+    lines = [f"#### #{ticket_id} · @{user_name}", status_line("open", user_name)]
+    if thread_link:
+        lines.append(THREAD.format(link=thread_link))
+    if form.mention:
+        lines.append(FOR.format(mention=form.mention))
+    return "\n".join([*lines, form.markdown(answers)]).rstrip("\n")
 
 
-def harmless(text, unsure):
-    """Return Markdown that pings no whole channel, and makes nobody's client load an image.
+# What the line may grow by: the longest user name has 64 characters.
+STATUS_ROOM = max(len(status_line(status, "x" * 64)) for status in STATUSES) - len(
+    status_line("open", ""))
 
-    Any ![x] counts as one where that is unsure. Nothing is changed in code: nothing can happen
-    there, and people copy from it.
-    """
-    unsafe = PERHAPS_UNSAFE if unsure else UNSAFE
-    if not unsafe.search(text):
-        return text
-    code = {index for start, end in code_in(text) for index in range(start, end)}
-    return unsafe.sub(
-        lambda match: match[0] if match.start() in code else match[0] + JOINER, text)
+
+def with_status(message, status, user_name):
+    """Return a ticket's message with another status line; what else was edited stays."""
+    line = status_line(status, user_name)
+    if old := STATUS_LINE.search(message) or TAGGED_LINE.search(message):
+        return message[:old.start()] + line + message[old.end():]
+    first, end, rest = message.partition("\n")
+    return f"{first}\n{line}{end}{rest}"
+
+
+def new_post(channel_id, message, pending_post_id, root_id="", **props):
+    """Return a post that may be sent twice: Mattermost knows its pending_post_id for 30 seconds."""
+    return {
+        "channel_id": channel_id,
+        "root_id": root_id,
+        "message": message,
+        "pending_post_id": pending_post_id,
+        # In a post with attachments, even none, Mattermost loads no preview and no image of a link.
+        "props": {"attachments": [], **props},
+    }
+
+
+# -------------------------------------------------- 3. What a form may be, and what may be answered
+
+# Mattermost only logs what breaks these limits, but refuses a whole dialog for a wrong JSON type.
+LABEL_BYTES, NAME_BYTES, HELP_BYTES, LONG_BYTES = 24, 300, 150, 3000
+NUMBER_LIMIT, LIST_LIMIT = 2**31 - 1, 10_000
+DIALOG_BYTES = 290_000  # Mattermost takes 300,000 from us, in which are a state and a text, too
+JSON_TYPES = {str: ("a text", "bytes"), bool: ("true or false", ""),
+              int: ("a whole number", "as its value"), list: ("a list", "entries")}
+SUBTYPES = ("", "text", "email", "number", "tel", "url")
+MENTION = re.compile(r"@[\w.-]+")
+NUMBER = re.compile(r"[+-]?(\d++(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+def fingerprint(value):
+    """Return a text that is the same for the same JSON value, and for no other."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def size_of(value):
@@ -453,8 +522,8 @@ class Element:
         """Return the answer in a text that is not empty, and what is wrong with it, or None."""
         raise NotImplementedError
 
-    def markdown(self, answer, unsure):
-        """Return what a ticket says of an answer; is it `unsure` whether ![x] is an image?"""
+    def markdown(self, answer):
+        """Return what a ticket says of an answer."""
         raise NotImplementedError
 
 
@@ -492,7 +561,7 @@ class Text(Element):
             problem = NOT_A_URL
         return text, problem
 
-    def markdown(self, answer, unsure):
+    def markdown(self, answer):
         return f"{self.label} {inline_code(untagged(answer))}\n"
 
 
@@ -506,12 +575,10 @@ class Textarea(Text):
     def for_mattermost(self):
         return {key: value for key, value in self.element.items() if key != "code"}
 
-    def markdown(self, answer, unsure):
+    def markdown(self, answer):
         if self.element.get("code"):
-            return f"{self.label}\n{fenced(untagged(answer))}\n"
-        lines = untagged(harmless(answer, unsure)).split("\n")
-        quote = "".join(f"> {line}\n" for line in lines)
-        return f"{self.label}\n{quote}\n"  # without an empty line, the quote would go on
+            return f"{self.label}\n{untagged(code_block(answer))}\n"
+        return f"{self.label}\n{untagged(quotes_and_code(answer))}"
 
 
 class Select(Element):
@@ -552,7 +619,7 @@ class Select(Element):
                 return option["value"], None
         return None, NOT_AN_OPTION
 
-    def markdown(self, answer, unsure):
+    def markdown(self, answer):
         option = next(one for one in self.element["options"] if one["value"] == answer)
         mention = f" {option['mention']}" if "mention" in option else ""
         return f"{self.label} {inline_code(untagged(clean(option['text'])))}{mention}\n"
@@ -573,7 +640,7 @@ class Bool(Element):
         ticked = text.lower() == "true"
         return ticked, None if ticked or self.element.get("optional") else NOT_TICKED
 
-    def markdown(self, answer, unsure):
+    def markdown(self, answer):
         return f"{self.label} `{YES if answer else NO}`\n"
 
 
@@ -657,12 +724,11 @@ class Form:
 
     def markdown(self, answers):
         """Return the part of a ticket that shows the answers, in the order of the form."""
-        unsure = may_define_images("\n".join(map(str, answers.values())))
-        return "".join(element.markdown(answers[element.name], unsure)
+        return "".join(element.markdown(answers[element.name])
                        for element in self.elements if element.name in answers)
 
 
-# ------------------------------------------------------------------------------- 3. Settings
+# -------------------------------------------------------------------------------------- 4. Settings
 
 ID = re.compile("[A-Za-z0-9]{1,64}")  # of anything in Mattermost: what may become part of a URL
 TOKEN = re.compile("[A-Za-z0-9]+")
@@ -870,7 +936,7 @@ class Settings:
                    values["TICKET_CHANNEL"], form, tls)
 
 
-# ------------------------------------------------- 4. Reading: what Mattermost says to us
+# ----------------------------------------------------------- 5. Reading: what Mattermost says to us
 
 FORM_FIELDS = 1000  # Mattermost repeats keys for everybody who is mentioned in the text
 JSON_DEPTH = 100
@@ -1022,85 +1088,7 @@ class Press:
                    matching(PRINTABLE, context.get("signed") if isinstance(context, dict) else ""))
 
 
-# ------------------------------------------------- 5. Writing: what we say to Mattermost
-
-# Without escapes: they would push a long ticket over Mattermost's limit of 300,000 bytes.
-JSON = json.JSONEncoder(ensure_ascii=False)
-MESSAGE_LIMIT = 16383  # characters in a post
-STATUS_LINE_BEGINS = "|".join(  # **Status:** #ticket-open, …: each line up to its tag
-    re.escape("".join(status.line.partition(status.tag)[:2])) for status in STATUSES.values())
-STATUS_LINE = re.compile(rf"^(?:{STATUS_LINE_BEGINS})(?![\w-]).*$", re.MULTILINE)
-# As somebody may have edited it; what was typed into the form holds no tag.
-TAGGED_LINE = re.compile(rf"^.*#(?:{TAG_NAMES})(?![\w-]).*$", re.MULTILINE | re.IGNORECASE)
-
-
-def json_bytes(value):
-    """Return JSON in UTF-8."""
-    return JSON.encode(value).encode("utf-8", "replace")
-
-
-def milliseconds():
-    """Return the time as Mattermost writes it."""
-    return int(time.time() * 1000)
-
-
-def ephemeral(text):
-    """Return an answer that only the person who typed the command sees."""
-    # Without skip_slack_parsing, a typed <!channel> would become a mention.
-    return {"response_type": "ephemeral", "text": text, "skip_slack_parsing": True}
-
-
-def given_back(sentence, text):
-    """Return an ephemeral answer that gives people their text back."""
-    return ephemeral(f"{sentence}\n{WHAT_YOU_TYPED}\n{fenced(text)}" if text else sentence)
-
-
-def status_line(status, user_name):
-    """Return the line of a ticket that says what has become of it."""
-    return STATUSES[status].line.format(user_name=user_name)
-
-
-def ticket_message(ticket_id, user_name, form, answers, thread_link=""):
-    """Return the message of a ticket; the hashtags make its ID and its status searchable.
-
-    The status stands before what was typed: of a post's hashtags, Mattermost keeps the first 1,000
-    characters.
-    """
-    lines = [f"#### #{ticket_id} · @{user_name}", status_line("open", user_name)]
-    if thread_link:
-        lines.append(THREAD.format(link=thread_link))
-    if form.mention:
-        lines.append(FOR.format(mention=form.mention))
-    return "\n".join([*lines, form.markdown(answers)]).rstrip("\n")
-
-
-# What the line may grow by: the longest user name has 64 characters.
-STATUS_ROOM = max(len(status_line(status, "x" * 64)) for status in STATUSES) - len(
-    status_line("open", ""))
-
-
-def with_status(message, status, user_name):
-    """Return a ticket's message with another status line; what else was edited stays."""
-    line = status_line(status, user_name)
-    if old := STATUS_LINE.search(message) or TAGGED_LINE.search(message):
-        return message[:old.start()] + line + message[old.end():]
-    first, end, rest = message.partition("\n")
-    return f"{first}\n{line}{end}{rest}"
-
-
-def new_post(channel_id, message, pending_post_id, root_id="", **props):
-    """Return a post that may be sent twice: Mattermost knows its pending_post_id for 30 seconds."""
-    return {
-        "channel_id": channel_id,
-        "root_id": root_id,
-        "message": message,
-        "pending_post_id": pending_post_id,
-        # In a post with attachments, even none, Mattermost loads no preview and no image of a link.
-        "props": {"attachments": [], **props},
-    }
-
-
-# ------------------------------------------------------------------------------- 6. Trust
+# ----------------------------------------------------------------------------------------- 6. Trust
 
 DIGITS = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's: none looks like another
 TICKET_ID = re.compile(rf"Ticket-[0-9]{{8}}-[{DIGITS}]{{4}}")
@@ -1192,7 +1180,7 @@ class TicketIds:
         return seconds if 0 < seconds <= HOUR else 0
 
 
-# ------------------------------------------------------------ 7. Mattermost's REST API
+# ------------------------------------------------------------------------- 7. Mattermost's REST API
 
 USER_AGENT = "Mattermost-Ticket"  # bot lists refuse Python-urllib
 ANSWER_LIMIT = 2**20  # bytes of an answer that are read
@@ -1597,7 +1585,7 @@ class Mattermost:
         self.send("POST", f"/hooks/commands/{hook}", answer)
 
 
-# ------------------------------------------------------------------------------ 8. Channels
+# -------------------------------------------------------------------------------------- 8. Channels
 
 REMEMBERED = 10_000  # channels, dialogs, and presses
 
@@ -1735,7 +1723,7 @@ class Channels:
             channel_id, message, pending_post_id or secrets.token_urlsafe(24), root_id))
 
 
-# ------------------------------------------------------------------------------ 9. The desk
+# -------------------------------------------------------------------------------------- 9. The desk
 
 def is_ticket(post, nonces):
     """Return whether what Mattermost calls a post is a ticket with one of these nonces."""
@@ -2131,7 +2119,7 @@ class Desk:
         self.mattermost.connections.close()
 
 
-# ------------------------------------------------------------------------ 10. The HTTP edge
+# -------------------------------------------------------------------------------- 10. The HTTP edge
 
 HEAD_LIMIT = 16 * 1024  # bytes of request line and headers
 BODY_LIMIT = 256 * 1024  # bytes; 16,383 characters are up to 196 KB in a form
@@ -2521,7 +2509,7 @@ class Server(http.server.ThreadingHTTPServer):
         log.exception("a request of %s failed", client_address)
 
 
-# -------------------------------------------------------------------- 11. The command line
+# ----------------------------------------------------------------------------- 11. The command line
 
 FILES = 16 * 1024  # that the service may open, if the system lets it
 LEVELS = {"ok": logging.INFO, "note": logging.INFO,
