@@ -26,7 +26,6 @@ import hashlib
 import hmac
 import http.client
 import http.server
-import io
 import ipaddress
 import itertools
 import json
@@ -97,20 +96,20 @@ FORM = {
 class Status(NamedTuple):
     """What a ticket can be, and how a ticket says so.
 
-    A change of a tag, of a line up to its tag, or of a key of STATUSES leaves the tickets that have
-    the old one without a status.
+    A further status is a further row of STATUSES. Tickets keep the key, the tag, and the line up to
+    the tag that they were given: to change one of these leaves them without a status.
     """
 
     tag: str  # what people search for
     line: str  # of the ticket; holds the tag
-    leads_to: tuple  # statuses, each by a button
+    leads_to: tuple  # keys of STATUSES, each by a button; to itself only for somebody else
     color: str  # of the bar beside these buttons
     button: str  # that leads here
     reply: str  # in the thread, when it has led here; a mention makes somebody follow it
     already: str  # for somebody whose button came too late
 
 
-STATUSES = {
+STATUSES = {  # the first is that of a new ticket
     "open": Status(
         tag="#ticket-open",
         line="**Status:** #ticket-open",
@@ -122,7 +121,7 @@ STATUSES = {
     "taken": Status(
         tag="#ticket-taken",
         line="**Status:** #ticket-taken by @{user_name}",
-        leads_to=("taken", "closed"),  # from somebody else
+        leads_to=("taken", "closed"),
         color="#FFBC1F",
         button="Take",
         reply="@{user_name} takes care of this ticket.",
@@ -136,6 +135,7 @@ STATUSES = {
         reply="{user_name} closed this ticket.",
         already="This ticket is already closed by @{user_name}."),
 }
+NEW = next(iter(STATUSES))
 
 YES, NO = "yes", "no"
 FOR = "**For:** {mention}"
@@ -150,18 +150,27 @@ CONFIRMATION = "Your ticket has been created: [{ticket_id}]({link})"
 CANT_POST = {
     "not a member": {
         "command": "@{bot} can't post in this channel yet: type `/invite @{bot}`, then `/ticket` "
-                   "again. (If it is not in the team, a team admin has to add it first.)",
+                   "again.",
         "submission": "@{bot} can't post in the channel any more: type `/invite @{bot}` there, "
                       "then submit again.",
         "ticket channel": "@{bot} can't post in the ticket channel. Please tell your admin.",
         "admin": "@{bot} is not a member: type `/invite @{bot}` in that channel (if it is not in "
-                 "the team, a team admin has to add it first)",
+                 "the team, somebody in it has to add it first: team name ▾ › Invite people)",
     },
     "archived": {
         "command": "This channel is archived. Please type `/ticket` in another one.",
         "submission": "The channel is archived. Copy your text, and use `/ticket` in another one.",
         "ticket channel": "The ticket channel is archived. Please tell your Mattermost admin.",
         "admin": "the channel is archived: unarchive it, or set another one",
+    },
+    "not in the team": {
+        "command": "@{bot} is not in this team yet. Somebody in it has to add it first (team "
+                   "name ▾ › Invite people): then type `/ticket` again.",
+        "submission": "@{bot} is not in the team any more. Somebody in it has to add it (team "
+                      "name ▾ › Invite people): then submit again.",
+        "ticket channel": "@{bot} can't post in the ticket channel. Please tell your admin.",
+        "admin": "@{bot} is not in the team: somebody in it has to add it (team name ▾ › Invite "
+                 "people)",
     },
     "unknown": {
         "command": "Mattermost does not find this channel. Please tell your Mattermost admin.",
@@ -364,11 +373,6 @@ def json_bytes(value):
     return JSON.encode(value).encode("utf-8", "replace")
 
 
-def milliseconds():
-    """Return the time as Mattermost writes it."""
-    return int(time.time() * 1000)
-
-
 def ephemeral(text):
     """Return an answer that only the person who typed the command sees."""
     # Without skip_slack_parsing, a typed <!channel> would become a mention.
@@ -391,17 +395,12 @@ def ticket_message(ticket_id, user_name, form, answers, thread_link=""):
     The status stands before what was typed: of a post's hashtags, Mattermost keeps the first 1,000
     characters.
     """
-    lines = [f"#### #{ticket_id} · @{user_name}", status_line("open", user_name)]
+    lines = [f"#### #{ticket_id} · @{user_name}", status_line(NEW, user_name)]
     if thread_link:
         lines.append(THREAD.format(link=thread_link))
     if form.mention:
         lines.append(FOR.format(mention=form.mention))
     return "\n".join([*lines, form.markdown(answers)]).rstrip("\n")
-
-
-# What the line may grow by: the longest user name has 64 characters.
-STATUS_ROOM = max(len(status_line(status, "x" * 64)) for status in STATUSES) - len(
-    status_line("open", ""))
 
 
 def with_status(message, status, user_name):
@@ -947,15 +946,26 @@ HOOK = re.compile(r"/([A-Za-z0-9]+)$")
 
 
 class Sorry(Exception):
-    """Something that a person in Mattermost has to know; str() is the sentence they read."""
+    """Something that a person in Mattermost has to know; str() is the sentence they read.
+
+    The log gets that sentence, or what `log` says instead.
+    """
+
+    def __init__(self, sentence, log=None):
+        super().__init__(sentence)
+        self.log = str(log or sentence)
 
 
 class Refused(Exception):
-    """An HTTP request that Mattermost would not send; str() is the reason, for whoever sent it."""
+    """An HTTP request that Mattermost would not send; str() is the reason, for whoever sent it.
 
-    def __init__(self, status, reason, *headers):
+    The log gets the reason, and what `log` adds to it.
+    """
+
+    def __init__(self, status, reason, *headers, log=""):
         super().__init__(reason)
         self.status, self.headers = status, headers
+        self.log = f"{reason}: {log}" if log else reason
 
 
 def brackets_in(text):
@@ -985,20 +995,20 @@ def matching(pattern, value):
     return value if isinstance(value, str) and pattern.fullmatch(value) else ""
 
 
-def token_fault(token, ours):
-    """Return what is wrong with the token of a slash command, for the log; "" if it is ours."""
-    def is_ours(token):  # sum, not any: how long it takes must not tell which one it is
-        return sum(hmac.compare_digest(token, known) for known in ours)
+def token_fault(token, slash_tokens):
+    """Return what is wrong with the token of a slash command, for the log; "" if it is known."""
+    def is_known(token):  # sum, not any: how long it takes must not tell which one it is
+        return sum(hmac.compare_digest(token, known) for known in slash_tokens)
 
-    if is_ours(token):
+    if is_known(token):
         return ""
     if not token:
-        return "it has none"
-    if is_ours(token.strip(b"\"' ")):
-        return "it has one of ours, in quotes"
-    if len(token) not in map(len, ours):
-        return f"its token has {len(token)} characters"
-    return "it has another token"
+        return "it sent none"
+    if is_known(token.strip(b"\"' ")):
+        return "it sent one of ours, in quotes"
+    if len(token) not in map(len, slash_tokens):
+        return f"it sent one of {len(token)} characters"
+    return "it sent another one"
 
 
 @dataclass(frozen=True)
@@ -1011,6 +1021,7 @@ class SlashCommand:
     user_id: str
     user_name: str
     channel_id: str
+    team_id: str
     root_id: str  # of the thread it was typed in, from Mattermost 11 on; else ""
     trigger_id: str
     text: str
@@ -1023,22 +1034,24 @@ class SlashCommand:
         match = TOKEN_FIELD.search(body)
         token = urllib.parse.unquote_to_bytes(match[1]) if match else b""
         if fault := token_fault(token, settings.slash_tokens):
-            raise Refused(401, "SLASH_TOKEN does not hold the token of this slash command") from (
-                ValueError(fault))
+            raise Refused(
+                401, "SLASH_TOKEN does not hold the token of this slash command", log=fault)
         try:
             fields = dict(urllib.parse.parse_qsl(
                 body.decode(), keep_blank_values=True, max_num_fields=FORM_FIELDS))
         except ValueError as error:
             raise Refused(400, "the body is not a form") from error
-        user_id, channel_id, root_id = (
-            matching(ID, fields.get(name)) for name in ("user_id", "channel_id", "root_id"))
+        user_id, channel_id, team_id, root_id = (matching(ID, fields.get(name)) for name in (
+            "user_id", "channel_id", "team_id", "root_id"))
         user_name = matching(USER_NAME, fields.get("user_name"))
         trigger_id = fields.get("trigger_id")
         if not (user_id and channel_id and user_name and trigger_id):
             raise Refused(400, "user_id, user_name, channel_id or trigger_id is missing or odd")
         hook = HOOK.search(fields.get("response_url", ""))
-        return cls(user_id, user_name, channel_id, root_id, trigger_id,
-                   clean(fields.get("text", "")), hook[1] if hook else "")
+        return cls(
+            user_id=user_id, user_name=user_name, channel_id=channel_id, team_id=team_id,
+            root_id=root_id, trigger_id=trigger_id, text=clean(fields.get("text", "")),
+            hook=hook[1] if hook else "")
 
 
 @dataclass(frozen=True)
@@ -1057,11 +1070,12 @@ class Submission:
     def from_body(cls, body, _):
         """Read the body, a JSON object; what has the wrong type counts as empty."""
         fields = json_object(body)
-        ours = fields.get("type") in (None, "", "dialog_submission")  # not a look-up or a refresh
+        if fields.get("type") not in (None, "", "dialog_submission"):  # a look-up or a refresh
+            fields = {}
 
         def read(key, wanted):
             value = fields.get(key)
-            return value if ours and isinstance(value, wanted) else wanted()
+            return value if isinstance(value, wanted) else wanted()
 
         return cls(read("user_id", str), read("state", str), read("submission", dict),
                    read("cancelled", bool))
@@ -1186,15 +1200,14 @@ USER_AGENT = "Mattermost-Ticket"  # bot lists refuse Python-urllib
 ANSWER_LIMIT = 2**20  # bytes of an answer that are read
 POSTS, POSTS_LIMIT = 1000, 16 * 2**20  # that Mattermost lists at most; bytes of such a list
 ERROR_ID = re.compile(r"[a-z0-9_.]{1,100}")
-NOT_AS_MATTERMOST = "not as Mattermost does: is MATTERMOST_URL right?"
+PROXY_LOGIN = "Proxy-authorization"  # as urllib writes this header
 HOPELESS = re.compile("CERTIFICATE_VERIFY_FAILED|WRONG_VERSION_NUMBER")  # OpenSSL's words
 TUNNEL_REFUSED = re.compile(r"Tunnel connection failed: (\d{3})")  # by a proxy; http.client's words
+NO_API = "api.context.404.app_error"  # an address of Mattermost's, but none of its API
 # Mattermost's names for errors, as far as they mean something here.
 MEANINGS = {
-    "api.context.404.app_error": "no API",
     "api.channel.add_user_to_channel.type.app_error": "not to be joined",  # direct, group
     "api.post.create_post.can_not_post_to_deleted.error": "archived",
-    "api.post.deduplicate_create_post.pending": "pending",
     "interactive_message.decode_trigger_id.expired": "too late",
     "model.post.is_valid.message_length.app_error": "too long",
     "model.post.is_valid.msg.app_error": "too long",  # up to Mattermost 9
@@ -1204,97 +1217,76 @@ MEANINGS = {
 class MattermostError(Exception):
     """A call that Mattermost did not answer with success. str() is for the log.
 
-    `status` is None if there was no answer; `meaning` is one of MEANINGS, or "". `foreign` says
-    that the answer is of something in between, or of another program. `words` are Mattermost's
-    own, where they may be shown.
+    | who answered                     | how                       | may pass | may have worked |
+    |----------------------------------|---------------------------|----------|-----------------|
+    | nobody                           | no connection was made    | yes      | no              |
+    |                                  | its certificate is no good| no       | no              |
+    |                                  | silence, half an answer   | yes      | yes             |
+    | Mattermost, or one that says     | 408, 429                  | yes      | no              |
+    | that Mattermost is away          | 5xx                       | yes      | yes             |
+    | Mattermost: its errors have IDs  | 4xx                       | no       | no              |
+    | something in between, or another | 3xx, 4xx                  | no       | no              |
+    | program: `foreign`               | 2xx                       | no       | yes             |
+
+    `status` is None if there was no answer; `meaning` is one of MEANINGS, or "". `words` are
+    Mattermost's own, where they may be shown.
     """
 
-    def __init__(self, reason, status=None, meaning="", foreign=False, retry_after=None, words=""):
+    def __init__(self, reason, status=None, *, error_id="", words="", retry_after=None,
+                 connected=True, hopeless=False):
+        self.status, self.meaning = status, MEANINGS.get(error_id, "")
+        self.words, self.retry_after = words, retry_after  # one line; seconds
+        self.by_mattermost = bool(error_id)
+        if status is None:
+            self.may_pass, self.may_have_worked = not hopeless, connected
+        else:
+            self.may_pass = status in (408, 429) or status >= 500
+            self.may_have_worked = connected and (status < 300 or status >= 500)
+        self.foreign = not (status is None or self.may_pass or self.by_mattermost)
+        if self.foreign and connected:
+            reason += ", but not as Mattermost does: is MATTERMOST_URL right?"
         super().__init__(f"{reason}: {words}" if words else reason)
-        self.status, self.meaning, self.foreign = status, meaning, foreign
-        self.retry_after, self.words = retry_after, words  # seconds; one line
-        self.may_pass = not foreign and (
-            status in (None, 429, 502, 503, 504) or meaning == "pending")
-        self.may_have_worked = status in (None, 200) or status >= 500
 
 
 class NotAllowed(MattermostError):
     """A call about something that is not there for the bot: Mattermost says 400, 403 or 404."""
 
 
-def mattermost_error(answer, peer, keep_words):
-    """Return the error in an answer; `peer` says who was asked, for the log.
+class NotConnected(OSError):
+    """There was no connection, for the reason that is its argument: so nothing was asked."""
+
+
+def unanswered_call(error, peer):
+    """Return the error of a call without an answer; `peer` says who was asked, for the log."""
+    connected = not isinstance(error, NotConnected)
+    cause = error if connected else error.args[0]
+    refused = TUNNEL_REFUSED.search(str(cause))
+    return MattermostError(
+        f"no answer of {peer}: {cause!r:.300}", int(refused[1]) if refused else None,
+        connected=connected, hopeless=bool(HOPELESS.search(str(cause))))
+
+
+def refused_call(answer, peer, keep_words):
+    """Return the error in an answer.
 
     Mattermost's own words are kept only where they can't hold a response hook.
     """
     try:
         fields = json.loads(answer.body)
-        error_id, words = fields["id"], fields.get("message") if keep_words else ""
+        error_id, words = str(fields["id"]), fields.get("message")
     except (ValueError, LookupError, TypeError, RecursionError):
-        error_id, words = None, ""
-    meaning = MEANINGS.get(str(error_id), "")
-    # Its rate limit answers in plain text; the others are what proxies say when it is away.
-    foreign = (answer.status not in (429, 502, 503, 504)
-               and (error_id is None or meaning == "no API"))
+        error_id, words = "", ""
+    if error_id == NO_API:
+        error_id = ""
     reason = f"{peer} answered {answer.status}"
-    if foreign:
-        reason += f", but {NOT_AS_MATTERMOST}"
-    elif ERROR_ID.fullmatch(str(error_id)):  # plugins put their own words there
+    if ERROR_ID.fullmatch(error_id):  # plugins put their own words there
         reason += f" {error_id}"
     wait = answer.headers.get("Retry-After", "")
-    seconds = float(wait) if re.fullmatch("[0-9]+", wait) else None  # of any size; not a date
-    words = one_line(words) if isinstance(words, str) else ""
-    kind = NotAllowed if answer.status in (400, 403, 404) and not foreign else MattermostError
-    return kind(reason, answer.status, meaning, foreign, seconds, words)
-
-
-class Deadline(threading.local):
-    """The time by which all that a thread does for a request must be over.
-
-    Handler.answer_person() sets it, first for the answer and then for what follows it.
-    """
-
-    ends = math.inf  # by time.monotonic()
-
-    def left(self, most):
-        """Return how many seconds are left, at most so many; raise TimeoutError if none are."""
-        left = min(most, self.ends - time.monotonic())
-        if left <= 0:
-            raise TimeoutError("no time is left")
-        return left
-
-
-deadline = Deadline()
-
-
-class TimedReader(io.RawIOBase):
-    """Reads from a socket until the deadline: a socket's time-out begins anew with each byte."""
-
-    def __init__(self, raw, connection):
-        super().__init__()
-        self.raw, self.connection, self.most = raw, connection, connection.gettimeout()
-
-    def readable(self):
-        """Return True, for io.BufferedReader."""
-        return True
-
-    def readinto(self, buffer):
-        """Read what is there, or wait for it."""
-        self.connection.settimeout(deadline.left(self.most))
-        return self.raw.readinto(buffer)
-
-    def close(self):
-        """Close the socket, if nobody else uses it."""
-        self.raw.close()
-        super().close()
-
-
-class TimedResponse(http.client.HTTPResponse):
-    """An HTTPResponse that is read until the deadline."""
-
-    def __init__(self, sock, *args, **details):
-        super().__init__(sock, *args, **details)
-        self.fp = io.BufferedReader(TimedReader(self.fp.detach(), sock))
+    kind = NotAllowed if error_id and answer.status in (400, 403, 404) else MattermostError
+    return kind(
+        reason, answer.status, error_id=error_id,
+        words=one_line(words) if keep_words and isinstance(words, str) else "",
+        retry_after=float(wait) if re.fullmatch("[0-9]+", wait) else None)  # it may be a date
 
 
 class Call(urllib.request.Request):
@@ -1332,58 +1324,40 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
     most, longest = 64, 10  # idle connections, and seconds for which they are
 
-    def __init__(self, context, proxied):
+    def __init__(self, context):
         super().__init__(context=context)
-        self.proxied = proxied
         self.idle: collections.deque = collections.deque()
-        self.connecting = ThreadPoolExecutor(self.most)
 
     def do_open(self, http_class, req, **http_conn_args):
         """Return the answer, read to its end; urllib's own do_open() leaves that to the caller."""
-        def new_connection(host, **more):
-            connection = http_class(host, **more)
-            connection.response_class = TimedResponse
-            connection.connect = functools.partial(
-                self.connect_in_time, connection.connect, req.timeout)
-            return connection
-
-        if self.proxied:
-            return Answer.whole(
-                super().do_open(new_connection, req, **http_conn_args), req.limit)
+        headers, for_proxy, died = dict(req.header_items()), {}, None
+        if req.type == "https" and PROXY_LOGIN in headers:
+            for_proxy[PROXY_LOGIN] = headers.pop(PROXY_LOGIN)
         if kept := self.take():
             try:
-                return self.exchange(kept, req)
+                return self.exchange(kept, req, headers)
             except TimeoutError:
                 self.close()  # the others may be as dead
                 raise
             except (OSError, http.client.HTTPException) as error:
                 log.debug("a kept connection had died: %r", error)
-        return self.exchange(new_connection(req.host, timeout=req.timeout, **http_conn_args), req)
-
-    def connect_in_time(self, connect, seconds):
-        """Connect, or raise TimeoutError; the time-out of a socket does not see to that.
-
-        It does not hold for the look-up of a name, which takes up to a minute if no name server
-        answers, and begins anew with each address of a host.
-        """
-        left = deadline.left(seconds)
+                died = error  # it may have brought the request
+        connection = http_class(req.host, timeout=req.timeout, **http_conn_args)
+        host = urllib.parse.urlsplit(req.full_url).netloc
+        if req.type == "https" and req.host != host:  # but that of a proxy: see ProxyHandler
+            connection.set_tunnel(host, headers=for_proxy)
         try:
-            attempt = self.connecting.submit(connect)
-        except RuntimeError as error:  # no thread is left, or the process ends
-            raise TimeoutError(str(error)) from error
-        try:
-            attempt.result(left)
-        except TimeoutError as error:
-            attempt.cancel()  # if it has not begun
-            raise TimeoutError("no connection in time") from error
+            connection.connect()
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise (died or NotConnected(error)) from error
+        return self.exchange(connection, req, headers)
 
-    def exchange(self, connection, request):
+    def exchange(self, connection, request, headers):
         """Send a request, return its answer, and keep the connection if the other side does."""
         try:
-            if connection.sock:
-                connection.sock.settimeout(request.timeout)
-            connection.request(request.get_method(), request.selector, request.data,
-                               dict(request.header_items()))
+            connection.sock.settimeout(request.timeout)
+            connection.request(request.get_method(), request.selector, request.data, headers)
             answer = Answer.whole(connection.getresponse(), request.limit)
         except BaseException:
             connection.close()
@@ -1446,7 +1420,7 @@ class Mattermost:
             self.peer += f" (through the proxy {host}: is NO_PROXY meant?)"
         # With context=None, urllib would load all CA certificates even for http.
         self.connections = KeptConnections(
-            settings.tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), bool(proxy))
+            settings.tls or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         # Bare: urllib's usual opener follows redirects, to any host and with our token.
         self.opener = urllib.request.OpenerDirector()
         self.opener.add_handler(self.connections)
@@ -1459,17 +1433,11 @@ class Mattermost:
         request = Call(self.url + path, data, self.headers, method=method)
         request.limit = limit
         try:
-            answer = self.opener.open(request, timeout=deadline.left(self.timeout))
+            answer = self.opener.open(request, timeout=self.timeout)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            refused = TUNNEL_REFUSED.search(str(error))
-            status = int(refused[1]) if refused else None
-            foreign = status not in (None, 502, 503, 504)
-            failed = MattermostError(
-                f"no answer of {self.peer}: {error!r:.300}", status, foreign=foreign)
-            failed.may_pass = failed.may_pass and not HOPELESS.search(str(error))
-            raise failed from error
+            raise unanswered_call(error, self.peer) from error
         if answer.status not in (200, 201):
-            raise mattermost_error(answer, self.peer, keep_words=path == "/api/v4/posts")
+            raise refused_call(answer, self.peer, keep_words=path == "/api/v4/posts")
         return answer.body
 
     def call(self, method, path, payload=None, wanted=dict, limit=ANSWER_LIMIT):
@@ -1492,8 +1460,7 @@ class Mattermost:
 
     def odd_answer(self):
         """Return the error for an answer that means success, but that Mattermost would not give."""
-        return MattermostError(
-            f"{self.peer} answered, but {NOT_AS_MATTERMOST}", 200, foreign=True)
+        return MattermostError(f"{self.peer} answered", 200)
 
     def get_client_config(self):
         """Return the public configuration: `Version`, `SiteURL`, …, all of them texts."""
@@ -1517,16 +1484,17 @@ class Mattermost:
         return self.call_for_id("GET", "/users/me")
 
     def get_my_teams(self):
-        """Return the bot's teams: `name`, …"""
-        return self.call("GET", "/users/me/teams", wanted=list)
+        """Return the bot's teams: `id`, `name`, …"""
+        teams = self.call("GET", "/users/me/teams", wanted=list)
+        return [team for team in teams if isinstance(team, dict)]
 
     def get_channel(self, channel_id):
         """Return a channel: `type` (O, P, D, G), `delete_at`, …; of a member or a public one."""
         return self.call("GET", f"/channels/{channel_id}")
 
-    def get_channel_member(self, channel_id):
-        """Return the bot's membership; 403 or 404 if there is none."""
-        return self.call("GET", f"/channels/{channel_id}/members/me")
+    def get_channel_member(self, channel_id, user_id="me"):
+        """Return a membership; 404 if there is none, 403 for all if the bot has none."""
+        return self.call("GET", f"/channels/{channel_id}/members/{user_id}")
 
     def add_channel_member(self, channel_id, user_id):
         """Let the bot join: 201 for public channels of its teams."""
@@ -1547,21 +1515,19 @@ class Mattermost:
         posts = answer.get("posts")
         return list(posts.values()) if isinstance(posts, dict) else []
 
-    def create_post(self, post, find=lambda: None, unsure=False):
-        """Return a post as it has been made: `id`, `props`, …
+    def create_post(self, post):
+        """Return a post as it has been made: `id`, `props`, …"""
+        return self.call_for_id("POST", "/posts", post)
 
-        Tried again and again while Mattermost is away. All tries make one post, as long as it does
-        not start anew in between: so where an earlier try may have worked, find() looks for it.
-        """
+    def patiently(self, work):
+        """Return what work() returns; while Mattermost is away, call it again and again."""
         pause, ends = self.pause, time.monotonic() + self.patience
         while True:
             try:
-                return (unsure and find()) or self.call_for_id("POST", "/posts", post)
+                return work()
             except MattermostError as error:
-                unsure = error.may_have_worked = unsure or error.may_have_worked
                 wait = error.retry_after or pause
-                left = min(ends, deadline.ends) - time.monotonic()
-                if not error.may_pass or wait + self.timeout > left:
+                if not error.may_pass or time.monotonic() + wait + self.timeout > ends:
                     raise
             time.sleep(wait)
             pause = min(2 * pause, 2)
@@ -1622,35 +1588,38 @@ class Channels:
         """Return the channel that gets the ticket of somebody who typed /ticket in a channel."""
         return self.ticket_channel or channel_id
 
-    def ensure(self, channel_id, after):
+    def ensure(self, channel_id, after, team_id=""):
         """Be Sorry if the bot can't post in a channel, after a "command" or a "submission".
 
-        A channel that Mattermost says nothing about is good until it refuses a post.
+        `team_id` says where /ticket was typed, if that is known. A channel that Mattermost says
+        nothing about is good until it refuses a post.
         """
         if channel_id in self.good:
             return
         try:
-            if obstacle := self.obstacle(channel_id):
-                raise self.sorry(obstacle, after)
-            self.good.remember(channel_id, True)
+            me = self.mattermost.get_me()
+            obstacle = self.obstacle(channel_id, me, "" if self.ticket_channel else team_id)
         except MattermostError as error:
-            if error.status == 401 and not error.foreign:
-                raise Sorry(BAD_TOKEN) from error
+            if error.status == 401 and error.by_mattermost:
+                raise Sorry(BAD_TOKEN, log=error) from error
             log.warning("channel=%s could not be looked at: %s", channel_id, error)
+            return
+        if obstacle:
+            raise self.sorry(obstacle, after, me)
+        self.good.remember(channel_id, True)
 
-    def sorry(self, obstacle, after):
-        """Return what a person is told of an obstacle; its cause is what the log is told."""
-        bot = matching(USER_NAME, self.mattermost.get_me().get("username"))
-        sorry = Sorry(CANT_POST[obstacle][self.key(after)].format(bot=bot))
+    def sorry(self, obstacle, after, me):
+        """Return what a person, and the log, are told of an obstacle."""
+        bot = matching(USER_NAME, me.get("username"))
         where = "TICKET_CHANNEL" if self.ticket_channel else "the channel"
-        sorry.__cause__ = ValueError(f"{where}: {CANT_POST[obstacle]['admin'].format(bot=bot)}")
-        return sorry
+        return Sorry(CANT_POST[obstacle][self.key(after)].format(bot=bot),
+                     log=f"{where}: {CANT_POST[obstacle]['admin'].format(bot=bot)}")
 
     def key(self, after):
         """Return the key of a sentence in CANT_POST, after a "command" or a "submission"."""
         return "ticket channel" if self.ticket_channel else after
 
-    def obstacle(self, channel_id):
+    def obstacle(self, channel_id, me, team_id=""):
         """Return why the bot can't post in a channel, a key of CANT_POST; "" if it can, now."""
         channel = {}
         try:
@@ -1662,7 +1631,6 @@ class Channels:
             return "archived"
         if channel.get("type") == "D":  # with the bot: nobody else would see the ticket
             return "direct"
-        me = self.mattermost.get_me()
         public = channel.get("type") == "O"
         try:
             member = self.member(channel_id, me["id"])
@@ -1670,8 +1638,17 @@ class Channels:
             roles = str(me.get("roles")).split()
             if "system_post_all" in roles or (public and "system_post_all_public" in roles):
                 return ""
-            return "direct" if error.meaning == "not to be joined" else "not a member"
+            if error.meaning == "not to be joined":
+                return "direct"
+            return "not a member" if self.is_in_team(team_id) else "not in the team"
         return "" if self.may_post(channel, member, me) else "read only"
+
+    def is_in_team(self, team_id):
+        """Return whether the bot is in a team; of one that is not known, it may be."""
+        with contextlib.suppress(MattermostError):
+            return not team_id or any(
+                team.get("id") == team_id for team in self.mattermost.get_my_teams())
+        return True
 
     def member(self, channel_id, user_id):
         """Return the bot's membership in a channel, a new one if need be."""
@@ -1697,30 +1674,28 @@ class Channels:
             log.debug("the bot's roles can't be read: %r", error)
             return True
 
-    def create_post(self, post, find=lambda: None):
+    def create_post(self, post, team_id=""):
         """Return a post as it has been made; where the bot is no longer a member, join first."""
         channel_id = post["channel_id"]
         try:
-            return self.mattermost.create_post(post, find)
+            return self.mattermost.create_post(post)
         except NotAllowed as error:
-            if error.status != 400:  # which is about the post
-                self.good.forget(channel_id)
+            self.good.forget(channel_id)
             if error.status != 403:
                 raise
-            unsure = error.may_have_worked
-        self.ensure(channel_id, "submission")
+        self.ensure(channel_id, "submission", team_id)
         try:
-            return self.mattermost.create_post(post, find, unsure)
+            return self.mattermost.create_post(post)
         except NotAllowed as error:
             self.good.forget(channel_id)
             if error.status == 403:
-                raise self.sorry("read only", "submission") from error
+                raise self.sorry("read only", "submission", self.mattermost.get_me()) from error
             raise
 
     def reply(self, channel_id, root_id, message, pending_post_id=None):
         """Post in a thread."""
-        self.create_post(new_post(
-            channel_id, message, pending_post_id or secrets.token_urlsafe(24), root_id))
+        post = new_post(channel_id, message, pending_post_id or secrets.token_urlsafe(24), root_id)
+        self.mattermost.patiently(lambda: self.create_post(post))
 
 
 # -------------------------------------------------------------------------------------- 9. The desk
@@ -1735,28 +1710,18 @@ def is_ticket(post, nonces):
         return False
 
 
-def why(error, again, refused):
-    """Return the sentence for a person whose call failed: it may work again, or it is refused."""
+def sentence_for(error, again, refused):
+    """Return what a person is told of a call that failed: it may work again, or it is refused."""
+    if error.may_pass:
+        return again
     if error.foreign:
         return IN_PLACE if error.status == 200 else IN_BETWEEN.format(status=error.status)
-    if error.status == 401:
-        return BAD_TOKEN
-    return again if error.may_pass else refused
+    return BAD_TOKEN if error.status == 401 else refused
 
 
-@contextlib.contextmanager
-def lock_in_time(lock, again):
-    """Hold a lock; be Sorry, with a sentence, if it is not free for as long as there is time."""
-    try:
-        held = lock.acquire(timeout=deadline.left(DAY))
-    except TimeoutError:
-        held = False
-    if not held:
-        raise Sorry(again)
-    try:
-        yield
-    finally:
-        lock.release()
+def milliseconds():
+    """Return the time as Mattermost writes it."""
+    return int(time.time() * 1000)
 
 
 class Change(NamedTuple):
@@ -1781,7 +1746,8 @@ class Presses:
     | a press is  | if                                                   | then                   |
     |-------------|------------------------------------------------------|------------------------|
     | not ours    | the seal, the post or its props are not              | nothing is changed     |
-    | too late    | the ticket has got another status since its button   | who did it is told     |
+    | outdated    | the ticket has got another status since its button   | who did it is told     |
+    | late        | the edge has answered before us: nothing was changed | nothing is changed     |
     | answered    | else                                                 | the answer changes it  |
     | true        | the post shows the change, as we read it again       | the thread is told     |
     | lost        | it does not: Mattermost has lost our answer          | the press is forgotten |
@@ -1811,22 +1777,28 @@ class Presses:
         return [{"color": status.color, "actions": actions}]
 
     def on_press(self, press):
-        """Give a ticket another status; yield the answer to the button, then tell the thread."""
+        """Give a ticket another status; yield the answer to the button, then tell the thread.
+
+        As with all that reacts to a request, the edge takes the answer, sends it, and comes back
+        with whether it went out: what stands behind a yield is done after that.
+        """
         fields = self.seal.open("action", press.signed)
         if not (fields and len(fields) == 3 and press.user_name and press.post_id):
             raise Sorry(NOT_OUR_BUTTON)
         ticket_id, status_at, wanted = fields
         last = self.last.remember(ticket_id, LastPress())
-        with lock_in_time(last.lock, PRESS_AGAIN):
+        with last.lock:
             post = self.ticket_post(press.post_id, ticket_id)
             now = last.change or self.shown(post)
-            same = wanted == "taken" and (now.status, now.status_by) == ("taken", press.user_name)
+            same = (wanted, press.user_name) == (now.status, now.status_by)
             if now.status_at != status_at or same or wanted not in STATUSES[now.status].leads_to:
                 raise Sorry(STATUSES[now.status].already.format(user_name=now.status_by))
             change = Change(wanted, press.user_name, max(milliseconds(), status_at + 1))
+            answered = yield {"update": self.changed(post, change)}
+            if not answered:
+                return
             last.change = change
         try:
-            yield {"update": self.changed(post, change)}
             self.tell_thread(post, change)
         finally:
             with last.lock:  # not while a press is judged that has read the old post
@@ -1839,7 +1811,7 @@ class Presses:
             post, me = self.mattermost.get_post(post_id), self.mattermost.get_me()
         except MattermostError as error:
             refused = NOT_READABLE if isinstance(error, NotAllowed) else NOT_READ
-            raise Sorry(why(error, PRESS_AGAIN, refused)) from error
+            raise Sorry(sentence_for(error, PRESS_AGAIN, refused), log=error) from error
         if not (self.shown(post) and post["props"].get("ticket_id") == ticket_id
                 and post.get("user_id") == me["id"] and isinstance(post.get("message"), str)
                 and matching(ID, post.get("channel_id"))):
@@ -1900,16 +1872,17 @@ class Dialog:
     | it is      | since                                        | and a submission           |
     |------------|----------------------------------------------|----------------------------|
     | open       | /ticket was typed                            | posts the ticket           |
-    | unanswered | Mattermost was sent the ticket and said      | looks for the ticket, and  |
-    |            | nothing, or we have started: `unanswered`    | posts it if there is none  |
+    | unsure     | Mattermost may have made the ticket, or we   | looks for the ticket, and  |
+    |            | have forgotten the dialog: `look_since`      | posts it if there is none  |
     | filed      | there is a ticket: `post_id`                 | posts what is new in it    |
-    | confirmed  | a submission was answered with success       | is not confirmed again     |
+    | confirmed  | a submission has succeeded                   | is not confirmed again     |
     """
 
     asked: State
     channel_id: str  # where its ticket goes
+    team_id: str = ""  # where /ticket was typed, if that is known
     hook: str = ""
-    unanswered: int = 0  # when it was sent first, or opened, in seconds since 1970; 0: it is not
+    look_since: int = 0  # seconds since 1970 when there may have been a ticket first; 0: never
     lock: threading.Lock = field(default_factory=threading.Lock)
     ticket_id: str = ""
     post_id: str = ""
@@ -1919,10 +1892,7 @@ class Dialog:
 
 
 class Desk:
-    """What happens to a ticket, in order: from the command to the dialog, and from there on.
-
-    What reacts to a request yields its answer; what comes after that is done when it has gone out.
-    """
+    """What happens to a ticket, in order: from the command to the dialog, and from there on."""
 
     clocks_differ = 300  # seconds, Mattermost's and ours, at most
     wait_at_stop = 10  # seconds
@@ -1936,54 +1906,59 @@ class Desk:
                                settings.callback_url + "/ticket/action")
         self.ids = TicketIds()
         self.dialogs = Recent()
-        self.proven = set()
+        self.logged = set()
 
-    def prove(self, sentence):
-        """Log, once, that something works which could not be checked from here."""
-        if sentence not in self.proven:
-            self.proven.add(sentence)
+    def log_once(self, sentence):
+        """Log that something works which could not be checked from here."""
+        if sentence not in self.logged:
+            self.logged.add(sentence)
             log.info(sentence)
 
     def on_slash_command(self, command):
         """Open the form; yield the answer to the command."""
-        self.prove("SLASH_TOKEN fits: a /ticket has come")
+        self.log_once("SLASH_TOKEN fits: a /ticket has come")
         channel_id = self.channels.target(command.channel_id)
-        self.channels.ensure(channel_id, "command")
+        self.channels.ensure(channel_id, "command", command.team_id)
         asked = State(command.user_id, command.user_name, command.channel_id, command.root_id,
                       int(time.time()), self.form.fingerprint, secrets.token_urlsafe(24))
-        self.dialogs.remember(asked.nonce, Dialog(asked, channel_id, command.hook))
+        self.dialogs.remember(asked.nonce, Dialog(
+            asked, channel_id, command.team_id, command.hook))
         dialog, complete = self.form.prefilled(command.text)
         dialog = {**dialog, "state": self.seal.sign("state", *asked)}
         try:
             self.mattermost.open_dialog(
                 command.trigger_id, self.settings.callback_url + "/ticket/submit", dialog)
         except MattermostError as error:
-            late = error.meaning == "too late"
-            raise Sorry(FORM_LATE if late else why(error, FORM_NOT_OPENED, FORM_REFUSED)) from error
+            sentence = FORM_LATE if error.meaning == "too late" else sentence_for(
+                error, FORM_NOT_OPENED, FORM_REFUSED)
+            raise Sorry(sentence, log=error) from error
         yield {} if complete else given_back(FORM_TOO_SMALL, command.text)
 
     def on_submission(self, submission):
-        """File a ticket; yield the answer to the dialog, then confirm it and begin its thread."""
+        """File a ticket; yield the answer to the dialog, then confirm it and begin its thread.
+
+        All that is done for a submission that was answered too late, too: it may come again.
+        """
         if submission.cancelled:
             yield {}
             return
         asked = opened_state(self.seal, submission, self.form)
-        self.prove("CALLBACK_URL works: a form has come back")
+        self.log_once("CALLBACK_URL works: a form has come back")
         answers, errors = self.form.answers_in(submission.answers)
         if errors:
             yield {"errors": errors}
             return
         # One that is not remembered, as it was opened before the last start, may have a ticket.
         dialog = self.dialogs.remember(asked.nonce, Dialog(
-            asked, self.channels.target(asked.channel_id), unanswered=asked.time))
-        with lock_in_time(dialog.lock, NOT_REACHED):
+            asked, self.channels.target(asked.channel_id), look_since=asked.time))
+        with dialog.lock:
             try:
                 if not dialog.post_id:
                     self.file_ticket(dialog, answers)
                 if dialog.posted != fingerprint(answers):
                     self.post_changes(dialog, answers)
             except MattermostError as error:
-                raise Sorry(self.why_not_filed(error, dialog)) from error
+                raise Sorry(self.why_not_filed(error, dialog), log=error) from error
             first, dialog.confirmed = not dialog.confirmed, True
         yield {}
         if first:
@@ -1991,42 +1966,43 @@ class Desk:
             self.begin_thread(dialog)
 
     def file_ticket(self, dialog, answers):
-        """Post a ticket, or find the one that an earlier attempt made."""
-        nonces, began = self.nonces("ticket", dialog), int(time.time())
-
-        def find():  # asked for only after a try that may have worked
-            dialog.unanswered = dialog.unanswered or began
-            return self.earlier_ticket(dialog, nonces)
-
-        made = find() if dialog.unanswered else None
-        if not made:
-            dialog.ticket_id = dialog.ticket_id or self.ids.next()
-            post = self.ticket_post(dialog, answers, nonces[0])
-            try:
-                made = self.channels.create_post(post, find)
-                if not is_ticket(made, nonces):
-                    raise self.mattermost.odd_answer()
-            except MattermostError as error:
-                if error.may_have_worked:
-                    dialog.unanswered = dialog.unanswered or began
-                raise
+        """Post a ticket, or find the one that an earlier try made."""
+        nonces = self.nonces("ticket", dialog)
+        made = self.mattermost.patiently(lambda: self.earlier_ticket(dialog, nonces)
+                                         or self.new_ticket(dialog, answers, nonces))
         dialog.ticket_id, dialog.post_id = made["props"]["ticket_id"], made["id"]
         dialog.posted = fingerprint(made["props"]["ticket"].get("answers"))
         dialog.has_reply = dialog.has_reply or bool(made.get("reply_count"))
         log.info("ticket=%s user=%s channel=%s post=%s", dialog.ticket_id, dialog.asked.user_name,
                  dialog.channel_id, dialog.post_id)
 
+    def new_ticket(self, dialog, answers, nonces):
+        """Return a ticket's post as Mattermost has made it."""
+        dialog.ticket_id = dialog.ticket_id or self.ids.next()
+        post, now = self.ticket_post(dialog, answers, nonces[0]), int(time.time())
+        try:
+            made = self.channels.create_post(post, dialog.team_id)
+            if not is_ticket(made, nonces):
+                raise self.mattermost.odd_answer()
+        except MattermostError as error:
+            if error.may_have_worked:
+                dialog.look_since = dialog.look_since or now
+            raise
+        return made
+
     def ticket_post(self, dialog, answers, nonce):
         """Return the post of a ticket, as Mattermost gets it."""
         asked, ticket_id = dialog.asked, dialog.ticket_id
         message = ticket_message(ticket_id, asked.user_name, self.form, answers,
                                  asked.root_id and self.mattermost.link(asked.root_id))
-        if (excess := len(message) + STATUS_ROOM - MESSAGE_LIMIT) > 0:
+        # Room for each status it may get, and for the longest user name.
+        longest = max(len(with_status(message, status, "x" * 64)) for status in STATUSES)
+        if (excess := longest - MESSAGE_LIMIT) > 0:
             raise Sorry(TICKET_TOO_LONG.format(excess=excess))
         now = milliseconds()
         ticket = {"user_id": asked.user_id, "user_name": asked.user_name, "answers": answers,
                   "created_at": now, "nonce": nonce,
-                  "status": "open", "status_by": asked.user_name, "status_at": now}
+                  **Change(NEW, asked.user_name, now)._asdict()}
         return new_post(dialog.channel_id, message, nonce, is_ticket=True, ticket_id=ticket_id,
                         ticket=ticket, attachments=self.presses.buttons(ticket_id, ticket))
 
@@ -2038,20 +2014,22 @@ class Desk:
         return self.seal.signatures(purpose, dialog.asked.nonce)
 
     def earlier_ticket(self, dialog, nonces):
-        """Return the post that an earlier submission of the same dialog made, or None."""
-        posts, since = [], dialog.unanswered - self.clocks_differ
+        """Return the post that an earlier try of the same dialog may have made, or None."""
+        if not dialog.look_since:
+            return None
+        posts, since = [], dialog.look_since - self.clocks_differ
         try:
             posts = self.mattermost.get_channel_posts(dialog.channel_id, since * 1000)
         except NotAllowed as error:  # a bot that may post everywhere may not read
             if dialog.ticket_id:  # and one has been sent
-                raise Sorry(NOT_KNOWN) from error
+                raise Sorry(NOT_KNOWN, log=error) from error
         me = self.mattermost.get_me()["id"]
-        ours = [post for post in posts if isinstance(post, dict)
-                and post.get("user_id") == me and not post.get("delete_at")]
-        for post in ours:
+        by_bot = [post for post in posts if isinstance(post, dict)
+                  and post.get("user_id") == me and not post.get("delete_at")]
+        for post in by_bot:
             if is_ticket(post, nonces):
                 # reply_count is 0 in such a list.
-                dialog.has_reply = any(reply.get("root_id") == post["id"] for reply in ours)
+                dialog.has_reply = any(reply.get("root_id") == post["id"] for reply in by_bot)
                 return post
         if len(posts) >= POSTS:  # there may be more, and the ticket among them
             raise Sorry(NOT_KNOWN)
@@ -2072,14 +2050,13 @@ class Desk:
     def why_not_filed(self, error, dialog):
         """Return the sentence for somebody whose ticket Mattermost did not take."""
         if dialog.post_id:
-            return why(error, NOT_REACHED, NOT_ADDED.format(ticket_id=dialog.ticket_id))
+            return sentence_for(error, NOT_REACHED, NOT_ADDED.format(ticket_id=dialog.ticket_id))
         if error.meaning == "archived":
-            self.channels.good.forget(dialog.channel_id)
             return CANT_POST["archived"][self.channels.key("submission")]
         if error.meaning == "too long" or error.status == 413:
             return TOO_LONG_THERE
-        return why(error, NOT_REACHED,
-                   REJECTED.format(reason=error.words) if error.words else NOT_ACCEPTED)
+        return sentence_for(error, NOT_REACHED,
+                            REJECTED.format(reason=error.words) if error.words else NOT_ACCEPTED)
 
     # After the answer: the ticket exists, and what fails now can only be logged
 
@@ -2125,7 +2102,7 @@ HEAD_LIMIT = 16 * 1024  # bytes of request line and headers
 BODY_LIMIT = 256 * 1024  # bytes; 16,383 characters are up to 196 KB in a form
 # Mattermost takes 300,000 bytes of its client, and hands on 6 for a <: too long a text is answered.
 SUBMISSION_LIMIT = 2 * 2**20  # bytes
-UNFINISHED_LIMIT = 64 * 2**20  # bytes of all requests that are still arriving
+BYTES_LIMIT = 64 * 2**20  # of all requests that are arriving, or wait for a thread
 NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 HEAD = re.compile(
     rb"(?:\r\n)?(%b) (/[!-~]*) (HTTP/1\.[01])\r\n((?:%b:[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n"
@@ -2141,19 +2118,20 @@ class Route(NamedTuple):
     limit: int  # bytes of the body
     read: Callable  # (body, settings) -> what Mattermost says; may raise Refused
     react: Callable  # (desk, what Mattermost says) yields the answer, then does what is left
+    late: str  # the sentence for a person for whom that takes too long
     sorry: Callable  # (sentence, what Mattermost says or None) -> the answer that holds a sentence
 
 
 HEALTH = "/health"
 ROUTES = {
     "/ticket": Route(
-        BODY_LIMIT, SlashCommand.from_body, Desk.on_slash_command,
+        BODY_LIMIT, SlashCommand.from_body, Desk.on_slash_command, FORM_NOT_OPENED,
         lambda sentence, command: given_back(sentence, command.text if command else "")),
     "/ticket/submit": Route(  # the dialog stays open, and says it
-        SUBMISSION_LIMIT, Submission.from_body, Desk.on_submission,
+        SUBMISSION_LIMIT, Submission.from_body, Desk.on_submission, NOT_REACHED,
         lambda sentence, _: {"error": sentence}),
     "/ticket/action": Route(
-        BODY_LIMIT, Press.from_body, lambda desk, press: desk.presses.on_press(press),
+        BODY_LIMIT, Press.from_body, lambda desk, press: desk.presses.on_press(press), PRESS_AGAIN,
         lambda sentence, _: {"ephemeral_text": sentence}),
 }
 
@@ -2226,17 +2204,20 @@ def body_length(head):
 
 
 @dataclass(slots=True, eq=False)
-class Connection:
-    """A connection, and what has arrived of its only request."""
+class Request:
+    """The only request of a connection, from the first byte to the last one of its answer."""
 
     socket: socket.socket
-    address: str
+    address: str  # of the client
     accepted: float  # when, by time.monotonic()
-    due: float  # when it must be over
+    due: float  # when it must be here; then when it must be answered; then when it must be over
     received: bytearray = field(default_factory=bytearray)
     head: Head | None = None
-    length: int = 0  # bytes of the body
+    begins: int = 0  # where the body does, in what is received
+    ends: int = 0
     refused: Refused | None = None  # what is still sent is dropped
+    said: object = None  # what Mattermost says with it, once that has been read
+    unsent: bytes = b""  # what the client has not taken so far of a late answer
     watched: bool = False  # by Server.selector
 
     def is_whole(self):
@@ -2246,10 +2227,10 @@ class Connection:
             return False
         if not self.head:
             self.head = head
-            self.length = body_length(head)
+            self.begins, self.ends = head.size, head.size + body_length(head)
             if head.modern and b"expect" in head.headers and len(self.received) == head.size:
                 self.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n", socket.MSG_DONTWAIT)
-        return len(self.received) >= head.size + self.length
+        return len(self.received) >= self.ends
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -2264,12 +2245,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     note = ""  # for the log
 
     def setup(self):
-        """Take the request from memory: `self.request` is a Connection, not a socket."""
+        """Take the request from memory: self.request is a Request, and no socket."""
         head = self.request.head
         self.command, self.path = (head.method, head.path) if head else ("", "")
 
     def handle(self):
-        """Answer the request; what is to be done after the answer is done when it has gone out."""
+        """Answer the request."""
         try:
             if self.request.refused:
                 raise self.request.refused
@@ -2278,50 +2259,63 @@ class Handler(http.server.BaseHTTPRequestHandler):
             else:
                 self.answer_person(ROUTES[self.path])
         except Refused as refused:
-            self.note = f"{refused} {refused.__cause__ or ''}".rstrip()
+            self.note = refused.log
             self.answer(refused.status, {"error": str(refused)}, *refused.headers)
 
     def finish(self):
         """Do nothing: each answer has been sent at once."""
 
     def answer_person(self, route):
-        """Answer a person, whatever happens: with 200, and before Mattermost gives up.
+        """Answer a person with 200, whatever happens, and do what is to be done after that.
 
         For anything else, Mattermost would throw the form away, and what was typed with it.
         """
-        deadline.ends = self.request.due
-        said, reaction = None, ()
+        request, reaction = self.request, None
         try:
-            begin, length = self.request.head.size, self.request.length
-            body = bytes(self.request.received[begin:begin + length])
-            said = route.read(body, self.server.desk.settings)
-            reaction = route.react(self.server.desk, said)
+            body = bytes(request.received[request.begins:request.ends])
+            request.said = request.said or route.read(body, self.server.desk.settings)
+            reaction = self.react(route, request.said)
             answer = next(reaction)
         except Refused:
             raise
         except Sorry as problem:
-            self.note = str(problem.__cause__ or problem)
-            answer = route.sorry(str(problem), said)
+            self.note = problem.log
+            answer = route.sorry(str(problem), request.said)
         except Exception:  # a bug of ours must not cost anybody their text
             log.exception("POST %s failed", self.path)
-            answer = route.sorry(OUR_FAULT, said)
-        self.answer(200, answer)
-        self.server.shutdown_request(self.request)  # now, and not after what follows
-        deadline.ends = time.monotonic() + self.server.follow_up_within
-        for _ in reaction:
-            pass
+            answer = route.sorry(OUR_FAULT, request.said)
+        answered = self.answer(200, answer)
+        if reaction:
+            with contextlib.suppress(StopIteration):
+                reaction.send(answered)
+
+    def react(self, route, said):
+        """Return what yields the answer, and then does what is to be done after it."""
+        return route.react(self.server.desk, said)
 
     def answer(self, status, payload, *headers):
-        """Send an answer in one write: Mattermost 9.4 to 9.7 loses a body that comes later."""
+        """Send an answer and close; return whether: there is only one, and who is first gives it.
+
+        In one write: Mattermost 9.4 to 9.7 loses a body that comes later.
+        """
         body = json_bytes(payload)
         head = "\r\n".join((
             f"HTTP/1.1 {status} {self.responses[status][0]}", f"Date: {self.date_time_string()}",
             "Content-Type: application/json", f"Content-Length: {len(body)}", "Connection: close",
             *headers, "", ""))
+        if not self.server.unanswered.pop(self.request, None):
+            return False
+        self.request.received.clear()
         with contextlib.suppress(OSError):  # a client that is gone: what was asked for is done
-            self.request.socket.settimeout(self.timeout)
-            self.request.socket.sendall(head.encode() + (b"" if self.command == "HEAD" else body))
+            self.send(head.encode() + (b"" if self.command == "HEAD" else body))
         self.log_request(status)
+        self.server.end(self.request)
+        return True
+
+    def send(self, answer):
+        """Send an answer, and wait until the client has taken it."""
+        self.request.socket.settimeout(self.timeout)
+        self.request.socket.sendall(answer)
 
     def log_request(self, code="-", size="-"):
         """Log a line for each answer, but for good health checks; never a query or a body."""
@@ -2332,33 +2326,53 @@ class Handler(http.server.BaseHTTPRequestHandler):
         log.log(level, "%s", f"{self.client_address} {what} {code} {self.note}".rstrip())
 
 
+class LateHandler(Handler):
+    """Answers a person for whom a Handler takes too long; in Server's loop, so it can't wait."""
+
+    def react(self, route, said):
+        """Be sorry."""
+        raise Sorry(route.late, log=f"there was no answer within {self.server.answer_within} s")
+
+    def send(self, answer):
+        """Send what the client takes at once."""
+        self.request.unsent = answer[self.request.socket.send(answer, socket.MSG_DONTWAIT):]
+
+
 class Server(http.server.ThreadingHTTPServer):
-    """ThreadingHTTPServer, with a thread only for a request that is all here.
+    """ThreadingHTTPServer, with a thread only for a request that is all here, and with one clock.
 
     One loop, serve_forever(), owns every connection until its request is whole. It takes what has
     arrived, judges the head as soon as it is there, and answers health checks and refusals itself:
-    a short answer to a new connection can't block. A whole request goes to a thread, which waits
-    for nobody but Mattermost. The others are in one table, `connections`, which is bounded in
-    number, time and memory; nothing that a client does can end the loop.
+    a short answer to a new connection can't block. A whole request waits for a free thread, and
+    a thread waits for nobody but Mattermost.
+
+    `unanswered` has each whole request until somebody takes it out, in one step, and so answers it:
+    its thread, or the loop, when it is due. So nobody else has to count the time that a person
+    waits. `connections` has the others, which are still sending, or still take their answer. All
+    are bounded in number, time and memory; nothing that a client or Mattermost does ends the loop.
     """
 
     request_queue_size = 1024
     arrive_within = 10  # seconds in which a request has to arrive
+    answer_within = 24  # seconds, with those, to the answer: Mattermost gives up after 30
+    look_every = 0.05  # seconds, for what is due
     grace = 0.1  # seconds in which a connection does not give way: the honest speak by then
-    linger = 2  # seconds for which a refused client may go on sending
+    linger = 2  # seconds for which a client may go on sending, or taking its answer
     stop_within = 1  # second, in which requests that are on their way have to be here
-    answer_within = 24  # seconds in which a person gets an answer; Mattermost gives up after 30
-    follow_up_within = 20  # seconds for what is done after the answer
+    follow_up_within = 20  # seconds after the last answer, at a stop
 
-    def __init__(self, desk, host, port, files=1024):
-        """Listen; `files` is how many may be open."""
+    def __init__(self, desk, host, port, files=1024, threads=512):
+        """Listen; `files` is how many may be open, `threads` how many requests are worked on."""
         both = socket.has_dualstack_ipv6() and not host
         self.address_family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
         self.desk = desk
-        self.most_connections = min(4096, files // 3)
-        self.threads = ThreadPoolExecutor(min(512, files // 4))  # each may call Mattermost
-        self.connections = {}  # not whole, or refused and still sending: keys, the oldest first
-        self.unfinished = 0  # bytes that they have sent
+        self.most_connections, self.most_threads = min(4096, files // 3), min(threads, files // 4)
+        self.threads = ThreadPoolExecutor(self.most_threads)  # each may call Mattermost
+        self.free_threads = threading.Semaphore(self.most_threads)
+        self.connections = {}  # not whole, or answered, but not over: keys, the oldest first
+        self.unanswered = {}  # whole, or refused just now: keys
+        self.waiting = {}  # of those, the ones for which no thread was free: keys, oldest first
+        self.bytes = 0  # of all these, as of the last look, and what has come since
         self.next_look = 0.0
         self.selector = selectors.DefaultSelector()
         self.stopping, self.stopped = threading.Event(), threading.Event()
@@ -2377,17 +2391,19 @@ class Server(http.server.ThreadingHTTPServer):
         self.selector.register(self.socket, selectors.EVENT_READ)
         while not self.stopping.is_set():
             self.serve(poll_interval)
+        ends = time.monotonic() + self.answer_within + self.follow_up_within
         self.selector.unregister(self.socket)
         for _ in range(self.request_queue_size):  # whom the kernel has taken already
             if not self.accept():
                 break
         self.socket.close()
-        ends = time.monotonic() + self.stop_within
-        for connection in self.connections:
-            connection.due = min(connection.due, ends)
-        while self.connections:
+        for request in self.connections:
+            request.due = min(request.due, time.monotonic() + self.stop_within)
+        while self.connections or self.unanswered:
             self.serve(0.02)  # seconds
-        self.threads.shutdown()
+        for _ in range(self.most_threads):  # not for ever: one may wait for a name server
+            self.free_threads.acquire(timeout=max(0, ends - time.monotonic()))
+        self.threads.shutdown(wait=False)
         self.selector.close()
         self.stopped.set()
 
@@ -2397,112 +2413,191 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopped.wait()
 
     def serve(self, seconds):
-        """Deal with all that arrives within some seconds, and cut off who is late."""
-        for key, _ in self.selector.select(seconds):
+        """Deal with all that arrives within some seconds, and with all that is due."""
+        for key, events in self.selector.select(seconds):
             if key.fileobj is self.socket:
                 self.accept()
+            elif events & selectors.EVENT_WRITE:
+                self.send_rest(key.data)
             else:
                 self.receive(key.data)
+        self.begin()
         now = time.monotonic()
         if now > self.next_look:
-            self.next_look = now + 0.05
-            for connection in [one for one in self.connections if one.due < now]:
-                self.hang_up(connection)
+            self.look(now)
+
+    def look(self, now):
+        """End what has taken too long, and answer for what takes too long."""
+        self.next_look = now + self.look_every
+        for request in [one for one in self.connections if one.due < now]:
+            self.hang_up(request)
+        open_now = list(self.unanswered)  # one step: threads take them out
+        self.bytes = sum(len(one.received) for one in (*self.connections, *open_now))
+        for request in [one for one in open_now if one.due < now]:
+            self.answer_late(request)
+            if time.monotonic() > self.next_look:  # the rest at the next look: others wait, too
+                break
 
     def accept(self):
         """Accept a connection and take what it has sent already; return whether there may be more.
 
-        Where the table is full, its oldest gives way, once it has had its time.
+        Where there are too many, the oldest gives way, once it has had its time.
         """
         now = time.monotonic()
-        if len(self.connections) >= self.most_connections:
-            oldest = next(iter(self.connections))
-            if now - oldest.accepted < self.grace:
+        if len(self.connections) + len(self.unanswered) >= self.most_connections:
+            oldest = self.oldest()
+            if not oldest or now - oldest.accepted < self.grace:
                 time.sleep(0.01)  # seconds; who waits to be accepted is kept by the kernel
                 return True
-            self.hang_up(oldest)
+            self.give_way(oldest)
         try:
-            request, (address, *_) = self.get_request()
+            connection, (address, *_) = self.get_request()
         except OSError as error:
             if not isinstance(error, BlockingIOError):  # no file is left: do not ask again at once
                 time.sleep(0.05)
             return False
-        connection = Connection(
-            request, address.removeprefix("::ffff:"), now, now + self.arrive_within)
-        self.connections[connection] = True
-        self.receive(connection)
+        request = Request(
+            connection, address.removeprefix("::ffff:"), now, now + self.arrive_within)
+        self.connections[request] = True
+        self.receive(request)
         return True
 
-    def receive(self, connection):
+    def receive(self, request):
         """Take what has arrived of a request; whatever is wrong with it, only it can fail."""
         try:
-            with contextlib.suppress(BlockingIOError):
-                self.judge(connection, connection.socket.recv(65536, socket.MSG_DONTWAIT))
-                return
-            self.let_wait(connection)
+            self.judge(request, request.socket.recv(65536, socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            self.watch(request, selectors.EVENT_READ)
         except Exception as error:
             if not isinstance(error, OSError):
-                self.handle_error(connection, connection.address)
-            self.hang_up(connection)
+                self.handle_error(request, request.address)
+            self.hang_up(request)
+        self.save_memory()
 
-    def judge(self, connection, data):
-        """Let a connection wait, answer it, or let a thread do so, as its request is so far."""
+    def judge(self, request, data):
+        """Let a request wait, answer it, or let a thread do so, as it is so far."""
         if not data:
-            self.hang_up(connection)
-        if not data or connection.refused:
+            self.hang_up(request)
+        if not data or request.refused:
             return
-        connection.received += data
-        self.unfinished += len(data)
+        request.received += data
+        self.bytes += len(data)
         try:
-            if not connection.is_whole():
-                self.let_wait(connection)
+            if not request.is_whole():
+                self.watch(request, selectors.EVENT_READ)
                 return
         except Refused as refused:
-            connection.refused = refused
-        self.forget(connection)
-        if connection.refused or connection.head.path == HEALTH:
-            self.process_request_thread(connection, connection.address)  # here, without a thread
-        else:
-            self.process_request(connection, connection.address)
-
-    def let_wait(self, connection):
-        """Wait for more of a request; if all of them take too much memory, the oldest gives way."""
-        if not connection.watched:
-            self.selector.register(connection.socket, selectors.EVENT_READ, connection)
-            connection.watched = True
-        if self.unfinished > UNFINISHED_LIMIT:
-            self.hang_up(next(one for one in self.connections if one.received))
-
-    def forget(self, connection):
-        """Wait no longer for more of a request."""
-        if self.connections.pop(connection, None):
-            self.unfinished -= len(connection.received)
-        if connection.watched:
-            self.selector.unregister(connection.socket)
-            connection.watched = False
-
-    def hang_up(self, connection):
-        """End a connection without an answer."""
-        self.forget(connection)
-        self.close_request(connection.socket)
-
-    def process_request(self, request, client_address):
-        """Let a thread answer a request: one that is idle, or a new one while there are few."""
-        request.due = time.monotonic() + self.answer_within
-        with contextlib.suppress(RuntimeError):  # the system allows no more: it has to wait
-            self.threads.submit(self.process_request_thread, request, client_address)
-
-    def shutdown_request(self, request):
-        """Close a connection; one of a refused client later, or a reset could lose the answer."""
-        if not request.refused:
-            super().shutdown_request(request.socket)
+            request.refused = refused
+        self.forget(request)
+        self.unanswered[request] = True
+        if request.refused or request.head.path == HEALTH:
+            self.answer_with(Handler, request)  # here, without a thread
             return
-        request.socket.shutdown(socket.SHUT_WR)
-        request.socket.setblocking(False)
-        request.received.clear()
+        request.due = request.accepted + self.answer_within
+        self.waiting[request] = True
+        self.begin()
+
+    def begin(self):
+        """Let free threads answer the requests that wait."""
+        while self.waiting and self.free_threads.acquire(blocking=False):
+            request = next(iter(self.waiting))
+            del self.waiting[request]
+            with contextlib.suppress(RuntimeError):  # no new thread: it waits for an old one
+                self.threads.submit(self.work_on, request)
+
+    def work_on(self, request):
+        """Answer a request, in a thread."""
+        try:
+            if request in self.unanswered:
+                self.answer_with(Handler, request)
+        finally:
+            self.free_threads.release()
+
+    def answer_late(self, request):
+        """Answer a request for which its thread takes too long, or which has got none."""
+        self.waiting.pop(request, None)
+        self.answer_with(LateHandler, request)
+
+    def answer_with(self, handler, request):
+        """Let a handler answer a request; after a bug, end the connection without an answer."""
+        try:
+            handler(request, request.address, self)
+        except Exception:
+            self.handle_error(request, request.address)
+            if self.unanswered.pop(request, None):
+                self.close_request(request.socket)
+
+    def oldest(self, counts=None):
+        """Return the oldest request that may give way, if there is one; or the oldest that counts.
+
+        A request that a thread is working on gives no way.
+        """
+        firsts = (next(filter(counts, table), None) for table in (self.connections, self.waiting))
+        return min(filter(None, firsts), key=lambda one: one.accepted, default=None)
+
+    def give_way(self, request):
+        """End a request before its time, if there are too many; who sent a whole one is told."""
+        if request in self.waiting:
+            self.answer_late(request)
+        else:
+            self.hang_up(request)
+
+    def save_memory(self):
+        """Let the oldest requests give way as long as all of them take too much memory."""
+        while self.bytes > BYTES_LIMIT:
+            oldest = self.oldest(lambda one: one.received)
+            if not oldest:
+                return
+            self.bytes -= len(oldest.received)
+            self.give_way(oldest)
+
+    def watch(self, request, events):
+        """Wait for more of a request, or until the client takes more of its answer."""
+        if not request.watched:
+            self.selector.register(request.socket, events, request)
+            request.watched = True
+
+    def forget(self, request):
+        """Wait no longer for a client."""
+        self.connections.pop(request, None)
+        if request.watched:
+            self.selector.unregister(request.socket)
+            request.watched = False
+
+    def hang_up(self, request):
+        """End a connection without an answer, or without more of it."""
+        self.forget(request)
+        self.close_request(request.socket)
+
+    def end(self, request):
+        """Close the connection of an answered request, once the client has sent and taken all.
+
+        A reset could lose the answer.
+        """
+        if not (request.refused or request.unsent):
+            self.shutdown_request(request.socket)
+            return
         request.due = time.monotonic() + self.linger
         self.connections[request] = True
-        self.let_wait(request)
+        if request.unsent:
+            self.watch(request, selectors.EVENT_WRITE)
+            return
+        with contextlib.suppress(OSError):  # it has been reset, as we shall read
+            request.socket.shutdown(socket.SHUT_WR)
+        request.socket.setblocking(False)
+        self.watch(request, selectors.EVENT_READ)
+
+    def send_rest(self, request):
+        """Send more of a late answer to a client that takes it slowly."""
+        try:
+            sent = request.socket.send(request.unsent, socket.MSG_DONTWAIT)
+        except OSError:
+            self.hang_up(request)
+            return
+        request.unsent = request.unsent[sent:]
+        if not request.unsent:
+            self.forget(request)
+            self.shutdown_request(request.socket)
 
     def handle_error(self, request, client_address):
         """Log a bug of ours: what clients do is no error."""
@@ -2581,12 +2676,11 @@ def bot_checks(desk):
         if not me.get("is_bot"):
             yield "problem", (f"BOT_TOKEN: @{bot} is a person, and would be the author of all "
                               "tickets: use the token of a bot account")
-        teams = [str(team.get("name")) for team in desk.mattermost.get_my_teams()
-                 if isinstance(team, dict)]
+        teams = [str(team.get("name")) for team in desk.mattermost.get_my_teams()]
     except MattermostError as error:
-        elsewhere = error.foreign or error.status is None
         hint = " (a Token ID is not a token)" if error.status == 401 else ""
-        yield "problem", f"MATTERMOST_URL: {error}" if elsewhere else f"BOT_TOKEN: {error}{hint}"
+        yield "problem", (f"BOT_TOKEN: {error}{hint}" if error.by_mattermost
+                          else f"MATTERMOST_URL: {error}")
         return
     if teams:
         yield "ok", f"BOT_TOKEN: it is that of @{bot}, in the team {', '.join(teams)}"
@@ -2600,7 +2694,7 @@ def ticket_channel_checks(desk, bot):
     """Yield whether the bot may post in the ticket channel, and who can read it."""
     channel_id = desk.settings.ticket_channel
     try:
-        if obstacle := desk.channels.obstacle(channel_id):
+        if obstacle := desk.channels.obstacle(channel_id, desk.mattermost.get_me()):
             yield "problem", f"TICKET_CHANNEL: {CANT_POST[obstacle]['admin'].format(bot=bot)}"
             return
         yield "ok", f"TICKET_CHANNEL: @{bot} can post there"
@@ -2718,5 +2812,11 @@ def main(arguments, environ):
     return serve(settings)
 
 
+def end(status):
+    """End the process, though a thread may wait for a name server: sys.exit() would wait, too."""
+    sys.stdout.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ))
+    end(main(sys.argv[1:], os.environ))
