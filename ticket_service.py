@@ -19,8 +19,10 @@ the rest is in README.md.
 
 import argparse
 import base64
+import calendar
 import collections
 import contextlib
+import datetime
 import functools
 import hashlib
 import hmac
@@ -143,6 +145,10 @@ THREAD = "**Thread:** [where it was asked]({link})"
 REPLY = "Please reply in this thread: questions, news, screenshots and the solution belong here."
 CHANGED = "{user_name} submitted the form again, with other answers:"
 CONFIRMATION = "Your ticket has been created: [{ticket_id}]({link})"
+YOU_ARE_OUTSIDE = ("You are not in the ticket's channel, so you will not be told of replies: join "
+                   "it, or ask to be let in.")
+THEY_ARE_OUTSIDE = ("Not in the ticket's channel, so not told of it: {people}. They have to join "
+                    "it, or ask to be let in.")
 
 # Where the bot can't post: what is said instead of the form, above the buttons of a form that was
 # submitted, where all tickets go to one channel, and to the admin by --check. Mattermost shows our
@@ -238,6 +244,11 @@ NOT_AN_OPTION = "Please choose one of the options."
 NOT_TEXT = "Please write plain text here."
 NOT_A_NUMBER = "Please write a number, such as 42."
 NOT_AN_EMAIL = "Please write an e-mail address, such as alice@example.com."
+NOT_A_DATE = "Please choose a date, such as 2026-11-27."
+NOT_A_TIME = "Please choose a date and a time, such as 2026-11-27T10:00:00Z."
+TOO_MANY = "Please choose at most {limit}."
+PERSON_NOT_SEEN = "@{bot} can't see this person. Please choose somebody else."
+CHANNEL_NOT_SEEN = "@{bot} can't see this channel. Please choose another one."
 NOT_A_URL = "Please write an address that begins with http:// or https://."
 TOO_SHORT = "Please write at least {limit} characters."
 TOO_LONG = "Please write at most {limit} characters: {excess} are too many."
@@ -246,7 +257,9 @@ TOO_LONG = "Please write at most {limit} characters: {excess} are too many."
 # ------------------------------------------------------------ 2. Writing: what we say to Mattermost
 
 LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029\u2424]")  # what Mattermost's clients break at
-UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters, what turns the direction of a text, and what nobody sees, but a search does.
+UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+                    "\xad\u200b\u2060\u3164\ufeff]")
 
 JOINER = "\u2060"  # invisible; Mattermost sees no mention, image or hashtag where it stands
 TAG_NAMES = "|".join(status.tag[1:] for status in STATUSES.values())
@@ -389,18 +402,18 @@ def status_line(status, user_name):
     return STATUSES[status].line.format(user_name=user_name)
 
 
-def ticket_message(ticket_id, user_name, form, answers, thread_link=""):
+def ticket_message(ticket_id, user_name, answers, mention="", thread_link=""):
     """Return the message of a ticket; the hashtags make its ID and its status searchable.
 
-    The status stands before what was typed: of a post's hashtags, Mattermost keeps the first 1,000
-    characters.
+    `answers` are Markdown already. The status stands before them: of a post's hashtags, Mattermost
+    keeps the first 1,000 characters.
     """
     lines = [f"#### #{ticket_id} · @{user_name}", status_line(NEW, user_name)]
     if thread_link:
         lines.append(THREAD.format(link=thread_link))
-    if form.mention:
-        lines.append(FOR.format(mention=form.mention))
-    return "\n".join([*lines, form.markdown(answers)]).rstrip("\n")
+    if mention:
+        lines.append(FOR.format(mention=mention))
+    return "\n".join([*lines, answers]).rstrip("\n")
 
 
 def with_status(message, status, user_name):
@@ -426,15 +439,34 @@ def new_post(channel_id, message, pending_post_id, root_id="", **props):
 
 # -------------------------------------------------- 3. What a form may be, and what may be answered
 
-# Mattermost only logs what breaks these limits, but refuses a whole dialog for a wrong JSON type.
-LABEL_BYTES, NAME_BYTES, HELP_BYTES, LONG_BYTES = 24, 300, 150, 3000
-NUMBER_LIMIT, LIST_LIMIT = 2**31 - 1, 10_000
-DIALOG_BYTES = 290_000  # Mattermost takes 300,000 from us, in which are a state and a text, too
-JSON_TYPES = {str: ("a text", "bytes"), bool: ("true or false", ""),
-              int: ("a whole number", "as its value"), list: ("a list", "entries")}
-SUBTYPES = ("", "text", "email", "number", "tel", "url")
+DIALOG_BYTES = 290_000  # Mattermost takes 300,000 from us, in which is a state, too
+JSON_TYPES = {str: "a text", bool: "true or false", int: "a whole number", list: "a list",
+              dict: "a JSON object"}
+REQUIRED_KEYS = ("title", "elements", "type", "name", "display_name", "options", "text", "value")
+OUR_KEYS = ("mention", "code")  # Mattermost does not get them
+KEYS_WE_SET = ("state", "callback_id", "notify_on_cancel")
+UNSUPPORTED = {  # of what Mattermost knows, and why
+    "dynamic": "let people choose from options, users or channels",
+    "data_source_url": "let people choose from options, users or channels",
+    "refresh": "show all elements from the beginning",
+    "source_url": "show all elements from the beginning",
+    "file": "people put files into the ticket's thread",
+}
+SUBTYPES = ("text", "email", "number", "tel", "url")
+ID = re.compile("[A-Za-z0-9]{1,64}")  # of anything in Mattermost: what may become part of a URL
+USER_NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)  # a colon in those of shared channels
+CHANNEL_NAME = re.compile(r"[a-z0-9_-]{1,64}")
 MENTION = re.compile(r"@[\w.-]+")
 NUMBER = re.compile(r"[+-]?(\d++(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+DATE = re.compile(r"\d{4}-\d\d-\d\d(T\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:\d\d)?)?", re.ASCII)
+NEAR_DAYS = {"yesterday": -1, "today": 0, "tomorrow": 1}
+FROM_NOW = re.compile(r"([+-][0-9]{1,3})([dwmHMS])")  # +3d, -1w, +30M: Mattermost's own
+UNITS = {"d": "days", "w": "weeks", "H": "hours", "M": "minutes", "S": "seconds"}
+
+
+def matching(pattern, value):
+    """Return a text that a pattern matches as a whole; "" for anything else."""
+    return value if isinstance(value, str) and pattern.fullmatch(value) else ""
 
 
 def fingerprint(value):
@@ -442,66 +474,105 @@ def fingerprint(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def size_of(value):
-    """Return the bytes of a text, the length of a list, or a number itself."""
-    if isinstance(value, str):
-        return len(value.encode("utf-8", "replace"))
-    return len(value) if isinstance(value, list) else value
+def without(thing, keys):
+    """Return a JSON object without some of its keys."""
+    return {key: value for key, value in thing.items() if key not in keys}
 
 
-def key_problems(thing, keys):
-    """Yield what is wrong with the keys of a JSON object.
+def sound_part(thing, keys, problems):
+    """Return the part of a JSON object that is as it should be; add to `problems` what is not.
 
-    `keys` are those that it may have: each with its JSON type, and the least and the most that a
-    number, the bytes of a text or the length of a list may be.
+    `keys` are those that it may have, with their JSON types. One that says nothing (null, "", 0,
+    false, []) counts as not there: programs that make forms write them all.
     """
-    yield from (f"{key} is not one of {', '.join(keys)}" for key in thing if key not in keys)
-    for key, (kind, least, most) in keys.items():
+    if not isinstance(thing, dict):
+        problems.append("must be a JSON object")
+        return {}
+    thing = {key: value for key, value in thing.items() if value}
+    for key in without(thing, keys):
+        hint = UNSUPPORTED.get(key)
+        problems.append(f"{key} is not supported: {hint}" if hint
+                        else f"{key} is not one of {', '.join(keys)}")
+    sound = {}
+    for key, kind in keys.items():
         if key not in thing:
-            if least:
-                yield f"{key} is missing"
-        elif type(thing[key]) is not kind:
-            yield f"{key} must be {JSON_TYPES[kind][0]}"
-        elif not least <= (size := size_of(thing[key])) <= most:
-            yield f"{key} must have {least} to {most} {JSON_TYPES[kind][1]}, not {size}"
-    if not MENTION.fullmatch(str(thing.get("mention", "@nobody"))):
-        yield "mention must look like @team-or-user"
+            problems += [f"{key} is missing"] if key in REQUIRED_KEYS else []
+        elif problem := value_problem(key, kind, thing[key]):
+            problems.append(f"{key} {problem}")
+        else:
+            sound[key] = thing[key]
+    return sound
 
 
-def sound_part(thing, keys):
-    """Return the part of a JSON object whose keys are known and have the right types."""
-    return {key: value for key, value in thing.items()
-            if key in keys and type(value) is keys[key][0]}
+def value_problem(key, kind, value):
+    """Return what is wrong with the value of a key, which must have a JSON type; "" if nothing."""
+    if type(value) is not kind:
+        return f"must be {JSON_TYPES[kind]}"
+    if kind is int and not 0 < value < 2**31:
+        return f"must be a number from 0 to {2**31 - 1}"
+    if kind is str and key in REQUIRED_KEYS and not clean(value):
+        return "is blank"
+    if key == "mention" and not MENTION.fullmatch(value):
+        return "must look like @team-or-user"
+    return ""
+
+
+def too_long(thing, usual):
+    """Yield which texts of a JSON object are longer than usual: Mattermost takes them, and logs it.
+
+    `usual` has a number of characters for a key.
+    """
+    for key, most in usual.items():
+        if (length := len(thing.get(key, ""))) > most:
+            yield (f"{key} has {length} characters: it is shown, but Mattermost logs more than "
+                   f"{most}, and a phone may cut it")
+
+
+class Name(NamedTuple):
+    """What a person or a channel is called, and how a ticket shows it."""
+
+    name: str
+    markdown: str
+    is_person: bool
 
 
 class Element:
     """A field of the form. What a type of Mattermost's means is all in a subclass.
 
-    Made from the JSON object of an element whose keys have the right types.
+    `problems` says what is wrong with it.
     """
 
-    keys = {
-        "type": (str, 1, 20), "name": (str, 1, NAME_BYTES), "display_name": (str, 1, LABEL_BYTES),
-        "help_text": (str, 0, HELP_BYTES), "optional": (bool, 0, 1),
-        "default": (str, 0, 150), "placeholder": (str, 0, 150),
-    }
-    nothing = ""  # what is meant by an answer without anything in it
+    keys = {"type": str, "name": str, "display_name": str, "help_text": str, "optional": bool,
+            "default": str, "placeholder": str}
+    usual = {"display_name": 24, "name": 300, "help_text": 150, "default": 150, "placeholder": 150}
+    when_empty = ""  # what is meant by an answer without anything in it
 
     def __init__(self, element):
-        self.element = element
-        self.name = element.get("name")
-        self.label = f"**{untagged(one_line(str(element.get('display_name'))))}:**"
+        self.problems: list = []
+        self.element = sound_part(element, self.keys, self.problems)
+        self.name = self.element.get("name")
+        self.label = f"**{untagged(one_line(self.element.get('display_name', '')))}:**"
 
-    def problems(self):
-        """Yield what is wrong with the element, but for its keys."""
+    def check_default(self):
+        """Add to `problems` if the default would not be accepted as an answer."""
         if default := clean(self.element.get("default", "")):
-            _, problem = self.accept(default)
-            if problem:
-                yield f"default: {problem}"
+            _, problem = self.read(default)
+            self.problems += [f"default {default!r:.60}: {problem}"] if problem else []
+
+    def notes(self):
+        """Yield what Mattermost takes, but does not do well."""
+        yield from too_long(self.element, self.usual)
+
+    def needs(self):
+        """Yield what an older Mattermost does not know: a level, the version that does, and what.
+
+        A "problem" is something that people can't use there.
+        """
+        yield from ()
 
     def for_mattermost(self):
         """Return the element as Mattermost knows it."""
-        return self.element
+        return without(self.element, OUR_KEYS)
 
     def answer_in(self, value):
         """Return the answer in a submitted value, or None, and what is wrong with it, or None.
@@ -512,200 +583,380 @@ class Element:
             return None, NOT_TEXT
         if not isinstance(value, str):
             value = "" if value is None else json.dumps(value)
-        text = clean(value) or self.nothing
-        if not text:
-            return None, None if self.element.get("optional") else REQUIRED
-        return self.accept(text)
+        text = clean(value) or self.when_empty
+        return self.read(text) if text else self.no_answer()
 
-    def accept(self, text):
+    def no_answer(self):
+        """Return None for an empty answer, and what is wrong with it, or None."""
+        return None, None if self.element.get("optional") else REQUIRED
+
+    def read(self, text):
         """Return the answer in a text that is not empty, and what is wrong with it, or None."""
         raise NotImplementedError
 
-    def markdown(self, answer):
-        """Return what a ticket says of an answer."""
-        raise NotImplementedError
+    def ids(self, answer):
+        """Return the IDs in an answer for which markdown() has to know a Name."""
+        return []
+
+    def markdown(self, answer, names):
+        """Return what a ticket says of an answer; `names` has a Name for each of its IDs."""
+        return f"{self.label} {inline_code(untagged(answer))}\n"
 
 
 class Text(Element):
-    """A line of text, which a ticket shows as inline code."""
+    """A line of text."""
 
-    keys = {**Element.keys, "subtype": (str, 0, 20),
-            "min_length": (int, 0, NUMBER_LIMIT), "max_length": (int, 0, NUMBER_LIMIT)}
-    longest = 150  # characters, if max_length does not say it
+    keys = {**Element.keys, "subtype": str, "min_length": int, "max_length": int}
+    longest = 150  # characters, if neither max_length nor the default says it
 
     def __init__(self, element):
         super().__init__(element)
-        self.least = element.get("min_length", 0)
-        self.most = element.get("max_length") or self.longest
-
-    def problems(self):
-        yield from super().problems()
-        if self.element.get("subtype", "") not in SUBTYPES:
-            yield f"subtype must be one of {', '.join(SUBTYPES[1:])}"
+        self.subtype = self.element.get("subtype", "text")
+        self.least = self.element.get("min_length", 0)
+        self.most = self.element.get("max_length") or max(
+            self.longest, len(self.element.get("default", "")))
+        if self.subtype not in SUBTYPES:
+            self.problems.append(f"subtype must be one of {', '.join(SUBTYPES)}")
         if self.least > self.most:
-            yield f"min_length must not be more than max_length, {self.most}"
+            self.problems.append(f"min_length must not be more than max_length, {self.most}")
 
-    def accept(self, text):
-        subtype = self.element.get("subtype")
+    def read(self, text):
         problem = None
         if len(text) < self.least:
             problem = TOO_SHORT.format(limit=self.least)
         elif len(text) > self.most:
             problem = TOO_LONG.format(limit=self.most, excess=len(text) - self.most)
-        elif subtype == "number" and not NUMBER.fullmatch(text):
+        elif self.subtype == "number" and not NUMBER.fullmatch(text):
             problem = NOT_A_NUMBER
-        elif subtype == "email" and "@" not in text:
+        elif self.subtype == "email" and "@" not in text:
             problem = NOT_AN_EMAIL
-        elif subtype == "url" and not ("http://" in text or "https://" in text):
+        elif self.subtype == "url" and not ("http://" in text or "https://" in text):
             problem = NOT_A_URL
         return text, problem
-
-    def markdown(self, answer):
-        return f"{self.label} {inline_code(untagged(answer))}\n"
 
 
 class Textarea(Text):
     """Several lines: a ticket quotes them as Markdown, or shows them as typed, with `code`."""
 
-    keys = {**Text.keys, "default": (str, 0, LONG_BYTES), "placeholder": (str, 0, LONG_BYTES),
-            "code": (bool, 0, 1)}
+    keys = {**Text.keys, "code": bool}
+    usual = {**Text.usual, "default": 3000, "placeholder": 3000}
     longest = 3000
 
-    def for_mattermost(self):
-        return {key: value for key, value in self.element.items() if key != "code"}
-
-    def markdown(self, answer):
+    def markdown(self, answer, names):
         if self.element.get("code"):
             return f"{self.label}\n{untagged(code_block(answer))}\n"
         return f"{self.label}\n{untagged(quotes_and_code(answer))}"
 
 
 class Select(Element):
-    """One of several options; a radio is the same."""
+    """A choice of one thing, or of several with `multiselect`: of what, a subclass says."""
 
-    keys = {**Element.keys, "default": (str, 0, LONG_BYTES), "placeholder": (str, 0, LONG_BYTES),
-            "options": (list, 1, LIST_LIMIT)}
-    option_keys = {"text": (str, 1, LONG_BYTES), "value": (str, 1, LONG_BYTES),
-                   "mention": (str, 0, LONG_BYTES)}
+    keys = {**Element.keys, "multiselect": bool}
+    usual = {**Element.usual, "default": 3000, "placeholder": 3000}
 
-    def problems(self):
-        options, values = self.element.get("options", []), set()
-        for number, option in enumerate(options, 1):
-            if not isinstance(option, dict):
-                yield f"option {number} must be a JSON object"
-                continue
-            for problem in key_problems(option, self.option_keys):
-                yield f"option {number}: {problem}"
-            value = clean(str(option.get("value")))
-            if option.get("value") and not value:
-                yield f"option {number}: value is blank"
-            if value in values:
-                yield f"option {number}: another one has the same value"
-            values.add(value)
-        default = self.element.get("default", "")
-        if values and default not in ("", *(
-                option.get("value") for option in options if isinstance(option, dict))):
-            yield f"default {default!r} is not the value of an option"
+    def needs(self):
+        if self.element.get("multiselect"):
+            yield "warning", (11, 0), "multiselect; with an older one, people choose one only"
+
+    def answer_in(self, value):
+        if not (self.element.get("multiselect") and isinstance(value, list)):
+            return super().answer_in(value)
+        texts = [clean(text) if isinstance(text, str) else None for text in value]
+        return self.choose([text and self.known(text) for text in texts if text != ""])
+
+    def read(self, text):
+        if self.element.get("multiselect"):  # on a phone, it comes as a text with commas
+            return self.choose(self.known_in(text))
+        chosen = self.known(text)
+        return chosen, None if chosen else NOT_AN_OPTION
+
+    def choose(self, chosen):
+        """Return what was chosen, each once, and what is wrong with it; None is no option."""
+        if None in chosen:
+            return None, NOT_AN_OPTION
+        return (list(dict.fromkeys(chosen)), None) if chosen else self.no_answer()
+
+    def known(self, text):
+        """Return what a text chooses, or None."""
+        raise NotImplementedError
+
+    def known_in(self, text):
+        """Return what a text with commas in between chooses; None where that is nothing."""
+        return [self.known(clean(part)) for part in text.split(",")]
+
+
+class OptionSelect(Select):
+    """A choice of options."""
+
+    keys = {**Select.keys, "options": list}
+    option_keys = {"text": str, "value": str, "mention": str}
+
+    def __init__(self, element):
+        super().__init__(element)
+        self.options: dict = {}  # by what is submitted
+        for number, option in enumerate(self.element.get("options", []), 1):
+            problems: list = []
+            option = sound_part(option, self.option_keys, problems)
+            value = clean(option.get("value", ""))
+            if value and value in self.options:
+                problems.append("another one has the same value")
+            self.options[value] = option
+            self.problems += [f"option {number}: {problem}" for problem in problems]
+        self.element["options"] = list(self.options.values())
+        self.most_parts = max(value.count(",") for value in [*self.options, ""]) + 1
 
     def for_mattermost(self):
-        options = [{"text": option["text"], "value": option["value"]}
-                   for option in self.element["options"]]
+        options = [without(option, OUR_KEYS) for option in self.options.values()]
         return {**self.element, "options": options}
 
-    def accept(self, text):
-        for option in self.element["options"]:
-            if clean(option["value"]) == text:
-                return option["value"], None
-        return None, NOT_AN_OPTION
+    def known(self, text):
+        return self.options.get(text, {}).get("value")
 
-    def markdown(self, answer):
-        option = next(one for one in self.element["options"] if one["value"] == answer)
-        mention = f" {option['mention']}" if "mention" in option else ""
-        return f"{self.label} {inline_code(untagged(clean(option['text'])))}{mention}\n"
+    def known_in(self, text):
+        """Return what a text with commas in between chooses; commas may be in a value, too."""
+        parts, chosen, begin = text.split(","), [], 0
+        while begin < len(parts):
+            for end in range(begin + self.most_parts, begin, -1):  # the longest that fits
+                value = self.known(clean(",".join(parts[begin:end])))
+                if value or end == begin + 1:
+                    chosen.append(value)
+                    begin = end
+                    break
+        return chosen
+
+    def markdown(self, answer, names):
+        options = [self.options[clean(value)]
+                   for value in (answer if isinstance(answer, list) else [answer])]
+        texts = ", ".join(inline_code(untagged(clean(option["text"]))) for option in options)
+        mentions = dict.fromkeys(option["mention"] for option in options if "mention" in option)
+        return " ".join([self.label, texts, *mentions]) + "\n"
+
+
+class Radio(OptionSelect):
+    """A choice of one option, all of which are shown."""
+
+    keys = without(OptionSelect.keys, ["multiselect"])
+
+    def notes(self):
+        yield from super().notes()
+        if "default" in self.element:
+            yield "default: Mattermost 11 does not show it, but sends it"
+
+
+class UserSelect(Select):
+    """A choice of people, who are mentioned in the ticket."""
+
+    keys = {**Select.keys, "data_source": str}
+    data_source = "users"
+    at_most = 50  # each of them is looked up
+    not_seen = PERSON_NOT_SEEN
+
+    def known(self, text):
+        return matching(ID, text) or None
+
+    def choose(self, chosen):
+        chosen, problem = super().choose(chosen)
+        if chosen and len(chosen) > self.at_most:
+            return None, TOO_MANY.format(limit=self.at_most)
+        return chosen, problem
+
+    def ids(self, answer):
+        return answer if isinstance(answer, list) else [answer]
+
+    def name_of(self, user, team_id):
+        """Return the Name of what an ID stands for, in a ticket of a team; None if it has none."""
+        name = matching(USER_NAME, user.get("username"))
+        return Name(name, f"@{name}", is_person=True) if name else None
+
+    def markdown(self, answer, names):
+        shown = ", ".join(names[one].markdown for one in self.ids(answer))
+        return f"{self.label} {shown}\n"
+
+
+class ChannelSelect(UserSelect):
+    """A choice of channels, to which the ticket leads."""
+
+    data_source = "channels"
+    not_seen = CHANNEL_NOT_SEEN
+
+    def name_of(self, channel, team_id):
+        name = matching(CHANNEL_NAME, channel.get("name"))
+        if not name or channel.get("type") in ("D", "G"):  # direct and group messages
+            return None
+        if team_id and channel.get("team_id") == team_id:
+            return Name(name, f"~{name}", is_person=False)
+        shown = one_line(str(channel.get("display_name"))) or name  # ~ would lead into this team
+        return Name(shown, inline_code(untagged(shown)), is_person=False)
 
 
 class Bool(Element):
     """A box to tick."""
 
-    nothing = "false"
+    when_empty = "false"
 
-    def problems(self):
-        if self.element.get("default", "") not in ("", "true", "false"):
-            yield 'default must be "true" or "false"'
+    def check_default(self):
+        if self.element.get("default", "true") not in ("true", "false"):
+            self.problems.append('default must be "true" or "false"')
 
-    def accept(self, text):
+    def read(self, text):
         if text.lower() not in ("true", "false"):
             return None, NOT_AN_OPTION
         ticked = text.lower() == "true"
         return ticked, None if ticked or self.element.get("optional") else NOT_TICKED
 
-    def markdown(self, answer):
+    def markdown(self, answer, names):
         return f"{self.label} `{YES if answer else NO}`\n"
 
 
-TYPES = {"text": Text, "textarea": Textarea, "select": Select, "radio": Select, "bool": Bool}
+def day_meant(text, now):
+    """Return the day that a text means; raise ValueError if it means none."""
+    if text in NEAR_DAYS:
+        return now.date() + datetime.timedelta(days=NEAR_DAYS[text])
+    if (from_now := FROM_NOW.fullmatch(text)) and from_now[2] in "dw":
+        return now.date() + datetime.timedelta(**{UNITS[from_now[2]]: int(from_now[1])})
+    if from_now and from_now[2] == "m":
+        years, month = divmod(now.month - 1 + int(from_now[1]), 12)
+        year, month = now.year + years, month + 1
+        return datetime.date(year, month, min(now.day, calendar.monthrange(year, month)[1]))
+    return datetime.date.fromisoformat(text[:10] if DATE.fullmatch(text) else "")
 
 
-def element_problems(element):
-    """Yield what is wrong with an element of a form."""
-    if not isinstance(element, dict):
-        yield "must be a JSON object"
-        return
-    kind = TYPES.get(str(element.get("type")))
-    if not kind:
-        if "type" in element:
-            yield f"type {element['type']!r} is not supported, only {', '.join(TYPES)}"
-        yield from key_problems(
-            {key: element[key] for key in Element.keys if key in element}, Element.keys)
-        return
-    yield from key_problems(element, kind.keys)
-    yield from kind(sound_part(element, kind.keys)).problems()
+def time_meant(text, now):
+    """Return the time that a text means, with its zone; raise ValueError if it means none."""
+    if (from_now := FROM_NOW.fullmatch(text)) and from_now[2] in "HMS":
+        return now + datetime.timedelta(**{UNITS[from_now[2]]: int(from_now[1])})
+    if DATE.fullmatch(text):
+        moment = datetime.datetime.fromisoformat(text)
+    else:
+        moment = datetime.datetime.combine(day_meant(text, now), datetime.time())
+    return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+
+
+def meant(reading, text):
+    """Return what a text means, in UTC where it does not say; None if it means nothing."""
+    with contextlib.suppress(ValueError):
+        return reading(text, datetime.datetime.now(datetime.UTC))
+    return None
+
+
+class Date(Element):
+    """A day. An answer may be relative, too: Mattermost sends a default so that nobody touched."""
+
+    keys = {**Element.keys, "min_date": str, "max_date": str, "datetime_config": dict}
+    config_keys = {"min_date": str, "max_date": str, "time_interval": int,
+                   "location_timezone": str, "manual_time_entry": bool,
+                   "allow_manual_time_entry": bool}
+
+    def __init__(self, element):
+        super().__init__(element)
+        problems: list = []
+        config = sound_part(self.element.get("datetime_config", {}), self.config_keys, problems)
+        self.problems += [f"datetime_config: {problem}" for problem in problems]
+        for text in (thing[key] for thing in (self.element, config)
+                     for key in ("min_date", "max_date") if key in thing):
+            self.problems += [] if meant(time_meant, text) else [f"{text!r} is no date"]
+
+    def needs(self):
+        yield "problem", (11, 1), "a date; an older one does not show it"
+        if "datetime_config" in self.element:
+            yield "warning", (11, 6), "datetime_config"
+
+    def read(self, text):
+        day = meant(day_meant, text)
+        return (day.isoformat(), None) if day else (None, NOT_A_DATE)
+
+
+class DateTime(Date):
+    """A day and a time of it."""
+
+    keys = {**Date.keys, "time_interval": int}
+
+    def read(self, text):
+        moment = meant(time_meant, text)
+        if not moment:
+            return None, NOT_A_TIME
+        return moment.isoformat(timespec="seconds").replace("+00:00", "Z"), None
+
+    def markdown(self, answer, names):
+        moment = datetime.datetime.fromisoformat(answer)
+        return f"{self.label} `{moment:%Y-%m-%d %H:%M %Z}`\n"
+
+
+TYPES: dict = {"text": Text, "textarea": Textarea, "select": OptionSelect, "radio": Radio,
+               "bool": Bool, "date": Date, "datetime": DateTime}
+DATA_SOURCES: dict = {"users": UserSelect, "channels": ChannelSelect}  # of a select
+
+
+def read_element(element):
+    """Return an element of a form, with all that is wrong with it."""
+    key, kinds = "type", TYPES
+    if isinstance(element, dict):
+        if element.get("type") == "select" and element.get("data_source"):
+            key, kinds = "data_source", DATA_SOURCES
+        value = str(element.get(key))
+        if value in kinds:
+            known = kinds[value](element)
+            known.check_default()
+            return known
+        element = {key: value for key, value in element.items() if key in Element.keys}
+    unknown = Element(element)
+    if key in unknown.element or key == "data_source":
+        hint = UNSUPPORTED.get(value, f"only {', '.join(kinds)}")
+        unknown.problems.append(f"{key} {value!r} is not supported: {hint}")
+    return unknown
 
 
 class Form:
     """The dialog that people fill in: as Mattermost gets it, and what its elements mean."""
 
-    keys = {"title": (str, 1, LABEL_BYTES), "submit_label": (str, 0, LONG_BYTES),
-            "introduction_text": (str, 0, LONG_BYTES), "icon_url": (str, 0, LONG_BYTES),
-            "elements": (list, 1, LIST_LIMIT), "mention": (str, 0, LONG_BYTES)}
-    ours = ("state", "callback_id", "notify_on_cancel")
+    keys = {"title": str, "submit_label": str, "introduction_text": str, "icon_url": str,
+            "elements": list, "mention": str}
+    usual = {"title": 24}
 
-    def __init__(self, form):
-        """Take a form; raise ValueError with all that is wrong with it, a line each."""
-        if problems := list(self.problems(form)):
+    def __init__(self, form, source):
+        """Take a form, and where it is from; raise ValueError with all that is wrong, in lines."""
+        self.source = source
+        problems: list = []
+        set_by_us = [key for key in KEYS_WE_SET if isinstance(form, dict) and form.get(key)]
+        form = sound_part(without(form, KEYS_WE_SET) if set_by_us else form, self.keys, problems)
+        self.elements = [read_element(element) for element in form.get("elements", [])]
+        names = []
+        for number, element in enumerate(self.elements, 1):
+            if element.name in names:
+                element.problems.append("another one has the same name")
+            names.append(element.name or number)
+            problems += [f"element {names[-1]}: {problem}" for problem in element.problems]
+        if problems:
             raise ValueError("\n".join(problems))
-        self.elements = [TYPES[element["type"]](element) for element in form["elements"]]
         self.mention = form.get("mention")
-        self.dialog = {key: value for key, value in form.items() if key != "mention"}
-        self.dialog["callback_id"] = "ticket"
-        self.dialog["elements"] = [element.for_mattermost() for element in self.elements]
+        self.dialog = {**without(form, OUR_KEYS), "callback_id": "ticket",
+                       "elements": [element.for_mattermost() for element in self.elements]}
+        self.bytes = len(json_bytes(self.dialog))
+        if self.bytes > DIALOG_BYTES:
+            raise ValueError(f"must have at most {DIALOG_BYTES} bytes in all, not {self.bytes}")
         # A dialog is judged by the form that was opened: that of another one is not accepted.
-        self.fingerprint = fingerprint(form)
+        self.fingerprint = fingerprint({
+            **form, "elements": [element.element for element in self.elements]})
+        self.notes = [f"{key} is for the service to set" for key in set_by_us]
+        self.notes += too_long(form, self.usual)
+        self.notes += [f"element {element.name}: {note}"
+                       for element in self.elements for note in element.notes()]
 
-    def problems(self, form):
-        """Yield what is wrong with a form: said at start, and not found out by people."""
-        if not isinstance(form, dict):
-            yield "must be a JSON object"
-            return
-        if size_of(json.dumps(form, ensure_ascii=False, default=str)) > DIALOG_BYTES:
-            yield f"must have at most {DIALOG_BYTES} bytes in all"
-        yield from (f"{key} is for the service to set" for key in self.ours if key in form)
-        form = {key: value for key, value in form.items() if key not in self.ours}
-        yield from key_problems(form, self.keys)
-        names = set()
-        for number, element in enumerate(sound_part(form, self.keys).get("elements", []), 1):
-            name = str(element.get("name") or number) if isinstance(element, dict) else number
-            yield from (f"element {name}: {problem}" for problem in element_problems(element))
-            if name in names:
-                yield f"element {name}: another one has the same name"
-            names.add(name)
+    def needs(self, version):
+        """Yield what a version of Mattermost, such as (10, 9), does not know: a level, and what."""
+        for element in self.elements:
+            for level, needed, what in element.needs():
+                if version < needed:
+                    yield level, (f"element {element.name}: Mattermost {needed[0]}.{needed[1]} is "
+                                  f"needed for {what}")
 
     def prefilled(self, text):
         """Return the dialog with a text in its first textarea, and whether all of it found room."""
         elements = list(self.dialog["elements"])
         for index, element in enumerate(self.elements):
             if text and isinstance(element, Textarea):
-                default = text[:element.most].encode()[:LONG_BYTES].decode(errors="ignore")
+                room = (DIALOG_BYTES - self.bytes) // 2  # JSON takes two bytes for a quote
+                default = text[:element.most].encode()[:room].decode(errors="ignore")
                 elements[index] = {**elements[index], "default": default}
                 return {**self.dialog, "elements": elements}, default == text
         return self.dialog, not text
@@ -721,15 +972,19 @@ class Form:
                 answers[element.name] = answer
         return answers, errors
 
-    def markdown(self, answers):
-        """Return the part of a ticket that shows the answers, in the order of the form."""
-        return "".join(element.markdown(answers[element.name])
-                       for element in self.elements if element.name in answers)
+    def answered(self, answers):
+        """Return (element, its answer) for each answer, in the order of the form."""
+        return [(element, answers[element.name])
+                for element in self.elements if element.name in answers]
+
+    def markdown(self, answers, names):
+        """Return the part of a ticket that shows the answers; `names` has a Name for each ID."""
+        return "".join(element.markdown(answer, names)
+                       for element, answer in self.answered(answers))
 
 
 # -------------------------------------------------------------------------------------- 4. Settings
 
-ID = re.compile("[A-Za-z0-9]{1,64}")  # of anything in Mattermost: what may become part of a URL
 TOKEN = re.compile("[A-Za-z0-9]+")
 PRINTABLE = re.compile("[!-~]+")
 
@@ -755,7 +1010,7 @@ def text_of_file(path, most):
 def read_form(path):
     """Return the form in a JSON file."""
     try:
-        return Form(json.loads(text_of_file(path, 1_000_000)))
+        return Form(json.loads(text_of_file(path, 1_000_000)), "FORM_FILE")
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: line {error.lineno}: {error.msg}") from error
     except RecursionError as error:
@@ -922,7 +1177,7 @@ class Settings:
                 return None
 
         values = {name: attempt(name, read_setting, environ, name) for name in SETTINGS}
-        form = values["FORM_FILE"] or attempt("FORM", Form, FORM)
+        form = values["FORM_FILE"] or attempt("FORM", Form, FORM, "FORM")
         tls = None
         if values["SSL_CERT_FILE"] or str(values["MATTERMOST_URL"]).startswith("https:"):
             tls = attempt("SSL_CERT_FILE", tls_context, values["SSL_CERT_FILE"])
@@ -940,7 +1195,6 @@ class Settings:
 FORM_FIELDS = 1000  # Mattermost repeats keys for everybody who is mentioned in the text
 JSON_DEPTH = 100
 JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-USER_NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)  # a colon in those of shared channels
 TOKEN_FIELD = re.compile(rb"(?:^|&)token=([^&]*)")
 HOOK = re.compile(r"/([A-Za-z0-9]+)$")
 
@@ -988,11 +1242,6 @@ def json_object(body):
     if not isinstance(value, dict):
         raise Refused(400, "the body is not a JSON object")
     return value
-
-
-def matching(pattern, value):
-    """Return a text that a pattern matches as a whole; "" for anything else."""
-    return value if isinstance(value, str) and pattern.fullmatch(value) else ""
 
 
 def token_fault(token, slash_tokens):
@@ -1208,6 +1457,7 @@ NO_API = "api.context.404.app_error"  # an address of Mattermost's, but none of 
 MEANINGS = {
     "api.channel.add_user_to_channel.type.app_error": "not to be joined",  # direct, group
     "api.post.create_post.can_not_post_to_deleted.error": "archived",
+    "app.channel.get_member.missing.app_error": "no member",
     "interactive_message.decode_trigger_id.expired": "too late",
     "model.post.is_valid.message_length.app_error": "too long",
     "model.post.is_valid.msg.app_error": "too long",  # up to Mattermost 9
@@ -1483,13 +1733,17 @@ class Mattermost:
         """Return the bot's user: `id`, `username`, `roles`, `is_bot`, …"""
         return self.call_for_id("GET", "/users/me")
 
+    def get_user(self, user_id):
+        """Return a user: `username`, …"""
+        return self.call_for_id("GET", f"/users/{user_id}")
+
     def get_my_teams(self):
         """Return the bot's teams: `id`, `name`, …"""
         teams = self.call("GET", "/users/me/teams", wanted=list)
         return [team for team in teams if isinstance(team, dict)]
 
     def get_channel(self, channel_id):
-        """Return a channel: `type` (O, P, D, G), `delete_at`, …; of a member or a public one."""
+        """Return a channel: `type` (O, P, D, G), `name`, …; public, or one the bot is in."""
         return self.call("GET", f"/channels/{channel_id}")
 
     def get_channel_member(self, channel_id, user_id="me"):
@@ -1891,6 +2145,51 @@ class Dialog:
     confirmed: bool = False
 
 
+class Directory:
+    """What people and channels are called, and who is in a channel."""
+
+    def __init__(self, mattermost):
+        self.mattermost = mattermost
+
+    def names(self, answered, channel_id):
+        """Return a Name for each ID in the answers, and what is wrong with them, by element name.
+
+        `answered` is Form.answered(); `channel_id` says where the ticket goes.
+        """
+        names, errors = {}, {}
+        for element, answer in answered:
+            for one in element.ids(answer):
+                found = self.find(element.data_source, one)
+                is_channel = element.data_source == "channels"
+                team_id = self.find("channels", channel_id).get("team_id") if is_channel else ""
+                if name := element.name_of(found, team_id):
+                    names[one] = name
+                else:
+                    bot = matching(USER_NAME, self.mattermost.get_me().get("username"))
+                    errors[element.name] = element.not_seen.format(bot=bot)
+        return names, errors
+
+    def find(self, data_source, one):
+        """Return what an ID stands for, a JSON object; an empty one if the bot can't see it."""
+        get = {"users": self.mattermost.get_user, "channels": self.mattermost.get_channel}
+        with contextlib.suppress(NotAllowed):
+            return get[data_source](one)
+        return {}
+
+    def outside(self, channel_id, user_ids):
+        """Return which of some users are not in a channel, as far as the bot can see that."""
+        found = []
+        with contextlib.suppress(MattermostError):
+            for user_id in user_ids:
+                try:
+                    self.mattermost.get_channel_member(channel_id, user_id)
+                except NotAllowed as error:
+                    if error.meaning != "no member":
+                        raise
+                    found.append(user_id)
+        return found
+
+
 class Desk:
     """What happens to a ticket, in order: from the command to the dialog, and from there on."""
 
@@ -1904,6 +2203,7 @@ class Desk:
         self.seal = Seal(settings.slash_tokens)
         self.presses = Presses(self.mattermost, self.seal, self.channels,
                                settings.callback_url + "/ticket/action")
+        self.directory = Directory(self.mattermost)
         self.ids = TicketIds()
         self.dialogs = Recent()
         self.logged = set()
@@ -1944,42 +2244,56 @@ class Desk:
             return
         asked = opened_state(self.seal, submission, self.form)
         self.log_once("CALLBACK_URL works: a form has come back")
-        answers, errors = self.form.answers_in(submission.answers)
+        channel_id = self.channels.target(asked.channel_id)
+        answers, names, errors = self.read_answers(submission, channel_id)
         if errors:
             yield {"errors": errors}
             return
         # One that is not remembered, as it was opened before the last start, may have a ticket.
-        dialog = self.dialogs.remember(asked.nonce, Dialog(
-            asked, self.channels.target(asked.channel_id), look_since=asked.time))
+        dialog = self.dialogs.remember(
+            asked.nonce, Dialog(asked, channel_id, look_since=asked.time))
         with dialog.lock:
             try:
                 if not dialog.post_id:
-                    self.file_ticket(dialog, answers)
+                    self.file_ticket(dialog, answers, names)
                 if dialog.posted != fingerprint(answers):
-                    self.post_changes(dialog, answers)
+                    self.post_changes(dialog, answers, names)
             except MattermostError as error:
                 raise Sorry(self.why_not_filed(error, dialog), log=error) from error
             first, dialog.confirmed = not dialog.confirmed, True
         yield {}
         if first:
-            self.confirm(dialog)
+            self.confirm(dialog, names)
             self.begin_thread(dialog)
 
-    def file_ticket(self, dialog, answers):
+    def read_answers(self, submission, channel_id):
+        """Return the answers in a submission, a Name for each ID in them, and what is wrong."""
+        answers, errors = self.form.answers_in(submission.answers)
+        if errors:
+            return answers, {}, errors
+        answered = self.form.answered(answers)
+        try:
+            names, errors = self.mattermost.patiently(
+                lambda: self.directory.names(answered, channel_id))
+        except MattermostError as error:
+            raise Sorry(sentence_for(error, NOT_REACHED, NOT_ACCEPTED), log=error) from error
+        return answers, names, errors
+
+    def file_ticket(self, dialog, answers, names):
         """Post a ticket, or find the one that an earlier try made."""
         nonces = self.nonces("ticket", dialog)
         made = self.mattermost.patiently(lambda: self.earlier_ticket(dialog, nonces)
-                                         or self.new_ticket(dialog, answers, nonces))
+                                         or self.new_ticket(dialog, answers, names, nonces))
         dialog.ticket_id, dialog.post_id = made["props"]["ticket_id"], made["id"]
         dialog.posted = fingerprint(made["props"]["ticket"].get("answers"))
         dialog.has_reply = dialog.has_reply or bool(made.get("reply_count"))
         log.info("ticket=%s user=%s channel=%s post=%s", dialog.ticket_id, dialog.asked.user_name,
                  dialog.channel_id, dialog.post_id)
 
-    def new_ticket(self, dialog, answers, nonces):
+    def new_ticket(self, dialog, answers, names, nonces):
         """Return a ticket's post as Mattermost has made it."""
         dialog.ticket_id = dialog.ticket_id or self.ids.next()
-        post, now = self.ticket_post(dialog, answers, nonces[0]), int(time.time())
+        post, now = self.ticket_post(dialog, answers, names, nonces[0]), int(time.time())
         try:
             made = self.channels.create_post(post, dialog.team_id)
             if not is_ticket(made, nonces):
@@ -1990,17 +2304,19 @@ class Desk:
             raise
         return made
 
-    def ticket_post(self, dialog, answers, nonce):
+    def ticket_post(self, dialog, answers, names, nonce):
         """Return the post of a ticket, as Mattermost gets it."""
         asked, ticket_id = dialog.asked, dialog.ticket_id
-        message = ticket_message(ticket_id, asked.user_name, self.form, answers,
-                                 asked.root_id and self.mattermost.link(asked.root_id))
+        message = ticket_message(
+            ticket_id, asked.user_name, self.form.markdown(answers, names), self.form.mention,
+            asked.root_id and self.mattermost.link(asked.root_id))
         # Room for each status it may get, and for the longest user name.
         longest = max(len(with_status(message, status, "x" * 64)) for status in STATUSES)
         if (excess := longest - MESSAGE_LIMIT) > 0:
             raise Sorry(TICKET_TOO_LONG.format(excess=excess))
         now = milliseconds()
         ticket = {"user_id": asked.user_id, "user_name": asked.user_name, "answers": answers,
+                  "names": {one: name.name for one, name in names.items()},
                   "created_at": now, "nonce": nonce,
                   **Change(NEW, asked.user_name, now)._asdict()}
         return new_post(dialog.channel_id, message, nonce, is_ticket=True, ticket_id=ticket_id,
@@ -2035,14 +2351,14 @@ class Desk:
             raise Sorry(NOT_KNOWN)
         return None
 
-    def post_changes(self, dialog, answers):
+    def post_changes(self, dialog, answers, names):
         """Post answers that are not in the ticket in its thread.
 
         That is so if an earlier attempt made the ticket, its answer was lost, and the form was
         changed before it was submitted again.
         """
         posted, changed = fingerprint(answers), CHANGED.format(user_name=dialog.asked.user_name)
-        message = f"{changed}\n{self.form.markdown(answers)}".rstrip("\n")
+        message = f"{changed}\n{self.form.markdown(answers, names)}".rstrip("\n")
         self.channels.reply(dialog.channel_id, dialog.post_id, message,
                             self.nonces(f"changed {posted}", dialog)[0])
         dialog.posted = posted
@@ -2060,10 +2376,11 @@ class Desk:
 
     # After the answer: the ticket exists, and what fails now can only be logged
 
-    def confirm(self, dialog):
-        """Tell the reporter, and nobody else, that there is a ticket."""
+    def confirm(self, dialog, names):
+        """Tell the reporter, and nobody else, that there is a ticket, and who will not see it."""
         asked, link = dialog.asked, self.mattermost.link(dialog.post_id)
-        text = CONFIRMATION.format(ticket_id=dialog.ticket_id, link=link)
+        text = "\n".join([CONFIRMATION.format(ticket_id=dialog.ticket_id, link=link),
+                          *self.who_is_outside(dialog, names)])
         try:
             if dialog.hook:
                 self.mattermost.answer_command(dialog.hook, ephemeral(text))
@@ -2075,6 +2392,20 @@ class Desk:
         except MattermostError as error:
             log.warning("ticket=%s was not confirmed to user=%s: %s",
                         dialog.ticket_id, asked.user_name, error)
+
+    def who_is_outside(self, dialog, names):
+        """Yield who is not in the ticket's channel: Mattermost will not tell them of anything.
+
+        That can be the reporter, where all tickets go to one channel, and people who were chosen.
+        """
+        asked = dialog.asked
+        people = {one: name.markdown for one, name in names.items() if name.is_person}
+        reporter = [asked.user_id] if dialog.channel_id != asked.channel_id else []
+        outside = self.directory.outside(dialog.channel_id, [*reporter, *without(people, reporter)])
+        if reporter and reporter[0] in outside:
+            yield YOU_ARE_OUTSIDE
+        if others := [people[one] for one in outside if one not in reporter]:
+            yield THEY_ARE_OUTSIDE.format(people=", ".join(others))
 
     def begin_thread(self, dialog):
         """Reply to a ticket: from then on, its reporter follows the thread."""
@@ -2659,8 +2990,10 @@ def mattermost_checks(desk):
         return
     version, site_url = config["Version"], str(config.get("SiteURL"))
     yield "ok", f"MATTERMOST_URL: Mattermost {version} answers"
-    if [int(part) for part in re.findall(r"\d{1,4}", version)[:2]] < [9, 4]:
+    numbers = tuple(int(part) for part in re.findall(r"\d{1,4}", version)[:2])
+    if numbers < (9, 4):
         yield "warning", "MATTERMOST_URL: before 9.4, a form has 3 seconds to open: update it"
+    yield from ((level, f"{desk.form.source}: {what}") for level, what in desk.form.needs(numbers))
     if site_url.startswith("http"):
         yield "ok", f"MATTERMOST_URL: its SiteURL, for links to tickets, is {site_url}"
     else:
@@ -2710,6 +3043,7 @@ def ticket_channel_checks(desk, bot):
 
 def checks(desk, port):
     """Yield one of LEVELS and a sentence, beginning with a setting, for all there is to know."""
+    yield from (("note", f"{desk.form.source}: {note}") for note in desk.form.notes)
     yield from callback_checks(desk.settings, port)
     yield "note", "SLASH_TOKEN: it can't be checked from here: type /ticket"
     for level, sentence in mattermost_checks(desk):
