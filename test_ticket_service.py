@@ -13,6 +13,7 @@ may be in the log.
 """
 
 import argparse
+import ast
 import base64
 import collections
 import contextlib
@@ -28,6 +29,7 @@ import os
 import random
 import re
 import select
+import shutil
 import signal
 import socket
 import ssl
@@ -168,7 +170,8 @@ class Case(unittest.TestCase):
         """Return a running server; the stand-in's people use the one that was started last."""
         settings = ticket_service.Settings.from_environment(self.settings(**changes))
         desk = ticket_service.Desk(settings)
-        server = ticket_service.Server(desk, settings.host, settings.port, files, threads)
+        server = ticket_service.Server(
+            desk, settings.listen_address, settings.port, files, threads)
         desk.wait_at_stop, desk.mattermost.pause, server.stop_within = 0, 0.01, 0.1
         desk.presses.first_look, server.look_every = 0.005, 0.005
         thread = threading.Thread(target=server.serve_forever, args=(0.001,))
@@ -1316,13 +1319,48 @@ class CommandTest(Case):
             self.assertEqual(self.mattermost.run_command(), "")
             self.assertEqual(len(self.mattermost.dialogs), number)
 
-    def test_a_redirect_is_not_followed_and_named_in_the_log(self):
+    def test_a_redirect_is_not_followed_and_its_target_is_in_the_log(self):
         elsewhere = self.start_stand_in()
-        location = f"Location: {elsewhere.url}/\r\n".encode()
-        self.mattermost.script("POST /actions/", http_answer(307, b"", location))
-        self.mattermost.run_command()
+        path = "/api/v4/actions/dialogs/open"
+        for location, logged in (
+                (f"{elsewhere.url}/login?next=typed#x", f"{elsewhere.url}/login: is MATTERMOST_U"),
+                (f"https://me:typed@mm.test/chat{path}?typed=1",
+                 f"https://mm.test/chat{path}, so MATTERMOST_URL may have to be "
+                 "https://mm.test/chat$"),
+                (path + "/", f"{self.mattermost.url}{path}/: is MATTERMOST_URL right"),
+                (f"//mm.test:8443{path}",
+                 f"http://mm.test:8443{path}, so MATTERMOST_URL may have to be http://mm.test:8443$"),
+                ("http://[", "but not as Mattermost does: is MATTERMOST_URL right"),
+                ("https://mm.test/" + "x" * 9999, "but not as Mattermost does: it leads to")):
+            with self.subTest(location[:50]):
+                self.mattermost.script("POST /actions/", http_answer(
+                    307, b"", f"Location: {location}\r\n".encode()))
+                self.mattermost.run_command()
+                self.assert_logged(f"307.*{re.escape(logged[:-1])}{logged[-1]}")
+        self.assertLess(max(map(len, self.log.lines)), 600)
         self.assertEqual(elsewhere.calls, [])
-        self.assert_logged("307.*MATTERMOST_URL")
+
+    def test_where_a_redirect_of_a_hook_leads_is_not_logged(self):
+        self.mattermost.script("POST /hooks/", http_answer(
+            302, b"", b"Location: https://mm.test/hookhookhook\r\n"))
+        self.file()
+        self.assert_logged("response hook: .* answered 302")
+
+    def test_a_bot_that_is_not_in_the_team_needs_more_than_an_invitation(self):
+        self.mattermost.teams = []
+        for channel_id in (OTHERS, SECRET):
+            self.assert_given_back(self.mattermost.run_command(TYPED, channel_id=channel_id),
+                                   cant_post("not in the team"))
+        self.mattermost.script("GET /users/me/teams", fails(503))
+        self.assert_given_back(self.mattermost.run_command(TYPED, channel_id=SECRET),
+                               cant_post("not a member"))
+        self.mattermost.teams = [{"id": TEAM, "name": "ops"}]
+        self.mattermost.channels[SECRET].members.add(BOT)
+        self.assertEqual(self.mattermost.run_command(channel_id=SECRET), "")
+        self.mattermost.channels[SECRET].members.discard(BOT)
+        self.mattermost.teams = []
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()),
+                         {"error": cant_post("not in the team", "submission")})
 
     def default(self):
         """Return what stands in the first textarea of the dialog that was opened last."""
@@ -2183,7 +2221,7 @@ GOOD_REQUESTS = {
     "curl": get(headers=HOST + b"User-Agent: curl/8.5.0\r\nAccept: */*\r\n"),
     "a query": get(b"GET /health?probe=1 HTTP/1.1"),
     "HTTP/1.0": get(b"GET /health HTTP/1.0", b""),
-    "an empty line first": b"\r\n" + get(),
+    "an empty line first": b"\r\n" + get(), "an empty Host": get(headers=b"Host:\r\n"),
     "odd case": get(headers=b"hOsT:x\r\n"),
     "bytes above ASCII in a value": get(headers=HOST + b"X: caf\xe9\r\n"),
     "a body with GET": get(headers=HOST + length(HEALTH)) + HEALTH,
@@ -3304,13 +3342,13 @@ class FormTest(FormCase):
         self.mattermost.run_command()
         self.start_service(FORM_FILE=str(form_file))  # the same form in another dress
         self.assertEqual(self.mattermost.submit_dialog(GOOD), {})
-        for content, complaint in ((b"", "is not JSON: line 1"), (b"{\r\n,}", "not JSON: line 2"),
+        for content, complaint in ((b"", ": is not JSON: line 1"), (b"{\r\n,}", "not JSON: line 2"),
                                    (b"\xff\xfe{\0", "not a text in UTF-8"),
                                    (b"[" * 100_000, "nested too deeply")):
             form_file.write_bytes(content)
             with self.assertRaisesRegex(ticket_service.SettingsError, f"^FORM_FILE .*{complaint}"):
                 self.start_service(FORM_FILE=str(form_file))
-        with self.assertRaisesRegex(ticket_service.SettingsError, "^FORM_FILE can't be read"):
+        with self.assertRaisesRegex(ticket_service.SettingsError, "^FORM_FILE '/nowhere': can't"):
             self.start_service(FORM_FILE="/nowhere")
 
 
@@ -3546,7 +3584,7 @@ class ChoiceTest(FormCase):
                     self.assertRegex(line, one)
         for note in ("state is for the service", "notify_on_cancel is for the service to set",
                      "title has 25 characters: .* logs more than 24",
-                     "element x: default: Mattermost", "element long: help_text has 151 characters"):
+                     "element x: default: Mattermost", "element long: help_text has 151 char"):
             self.assertTrue(any(re.match(f"note +FORM_FILE: {note}", line) for line in lines), note)
         self.assertEqual(sum("FORM_FILE" in line for line in lines), 5)
 
@@ -3571,7 +3609,7 @@ class SettingsTest(unittest.TestCase):
     def test_four_settings_are_enough(self):
         settings = self.read()
         self.assertEqual((settings.port, settings.ticket_channel), (8080, ""))
-        self.assertEqual((settings.host, settings.tls), ("", None))
+        self.assertEqual((settings.listen_address, settings.tls), ("", None))
         self.assertEqual([element["name"] for element in settings.form.dialog["elements"]],
                          [element["name"] for element in ticket_service.FORM["elements"]])
         self.assertNotIn("bot", repr(settings).replace("bot_token", ""))
@@ -3597,7 +3635,7 @@ class SettingsTest(unittest.TestCase):
                 "BOT_TOKEN": ("a b", "tok\u00e9n", "a\x00b", '"quoted"', "'quoted'", "a.b"),
                 "SLASH_TOKEN": (",", "\u00e9", "a,\x7f", '"a"', "a,'b'", self.required["BOT_TOKEN"],
                                 f"other,{self.required['BOT_TOKEN']}"),
-                "HOST": ("localhost", "1.2.3", "::1::", "10.0.0.4:8080"),
+                "LISTEN_ADDRESS": ("localhost", "1.2.3", "::1::", "10.0.0.4:8080"),
                 "PORT": ("-1", "65536", "80a", "\u0661", "1.5", "999999"),
                 "TICKET_CHANNEL": ("town-square", "x" * 25, "x" * 27, "~" * 26)}.items():
             for value in values:
@@ -3609,6 +3647,45 @@ class SettingsTest(unittest.TestCase):
         settings = self.read(MATTERMOST_URL="HTTPS://mattermost.test")
         self.assertEqual(settings.mattermost_url, "https://mattermost.test")
         self.assertIsNotNone(settings.tls)
+
+    def test_what_is_no_secret_is_quoted(self):
+        for name, value, complaint in (
+                ("PORT", "many", "'many': must be a number"),
+                ("LISTEN_ADDRESS", "x86_64-conda", "'x86_64-conda': must be an IP address"),
+                ("TICKET_CHANNEL", "ops", "'ops': must be a channel's ID"),
+                ("CALLBACK_URL", "tickets:8080", "'tickets:8080': must be a URL"),
+                ("MATTERMOST_URL", "http://me:secret@h", "'http://…@h': must be a URL"),
+                ("SSL_CERT_FILE", "/nowhere", "'/nowhere': can't be used: "),
+                ("FORM_FILE", "/nowhere", "'/nowhere': can't be read: No such file")):
+            with self.subTest(name), self.assertRaises(ticket_service.SettingsError) as caught:
+                self.read(**{name: value})
+            self.assertIn(f"{name} {complaint}", str(caught.exception))
+            self.assertNotIn("secret", str(caught.exception))
+        for name in ("BOT_TOKEN", "SLASH_TOKEN"):
+            with self.assertRaises(ticket_service.SettingsError) as caught:
+                self.read(**{name: "s3cret!"})
+            self.assertNotIn("s3cret", str(caught.exception))
+
+    def test_a_blank_setting_is_not_set(self):
+        optional = [name for name in ticket_service.SETTINGS if name not in self.required]
+        blank = {**dict.fromkeys(optional, ""), "BOT_TOKEN_FILE": " ", "TICKET_CHANNEL_FILE": ""}
+        self.assertEqual(self.read(**blank).port, 8080)
+        for name in self.required:
+            with self.assertRaisesRegex(ticket_service.SettingsError, f"^{name} is missing"):
+                self.read(**{name: " "})
+        self.assertEqual(self.read(HOST="x86_64-conda-linux-gnu").listen_address, "")
+
+    def test_a_blank_ca_file_leaves_the_system_s_certificates(self):
+        variables = {"SSL_CERT_FILE": "", "SSL_CERT_DIR": " "}
+        process = start_python(
+            self.addCleanup, "-c", "import os, ticket_service as t\n"
+            "t.Settings.from_environment(os.environ)\n"
+            "print([name for name in os.environ if name.startswith('SSL_CERT')])",
+            env={**self.required, **variables, "MATTERMOST_URL": "https://localhost"})
+        output, errors = process.communicate(timeout=20)
+        self.assertIn(output.strip(), ("[]", ""))
+        if output == "":  # a system without certificates
+            self.assertIn("SSL_CERT_FILE is needed", errors)
 
     def test_quotes_are_named(self):
         for name in ("BOT_TOKEN", "SLASH_TOKEN", "MATTERMOST_URL", "CALLBACK_URL"):
@@ -3765,7 +3842,7 @@ class ProcessTest(Case):
     def test_a_port_that_is_taken_is_told(self):
         status, _, _ = self.run_service(**self.settings(PORT=str(self.service.server_port)))
         self.assertEqual(status, 1)
-        self.assert_logged(r"ERROR HOST and PORT: .*\d+ can't be opened: .*in use")
+        self.assert_logged(r"ERROR LISTEN_ADDRESS and PORT: .*\d+ can't be opened: .*in use")
 
     def test_help_lists_every_variable(self):
         status, output, _ = self.run_service("--help")
@@ -3778,20 +3855,26 @@ class ProcessTest(Case):
         os.environ["http_proxy"] = "http://127.0.0.1:9"
         self.addCleanup(os.environ.pop, "http_proxy")
         for host in ("", "127.0.0.1", "0.0.0.0"):
-            self.assertEqual(self.run_service("--health", HOST=host, PORT=port), (0, "", ""))
+            self.assertEqual(
+                self.run_service("--health", LISTEN_ADDRESS=host, PORT=port), (0, "", ""))
         for port in (str(self.mattermost.server_port), "9", "x"):
             status, _, errors = self.run_service("--health", PORT=port)
             self.assertEqual((status, errors.count("\n")), (1, 1))
 
+    def is_well(self, address, port):
+        """Return whether --health is satisfied."""
+        status, _, _ = self.run_service("--health", LISTEN_ADDRESS=address, PORT=str(port))
+        return status == 0
+
     def test_it_listens_on_one_address_if_it_is_told_so(self):
-        for host, other in (("127.0.0.1", "127.0.0.2"), ("::1", "127.0.0.1")):
-            with self.subTest(host):
-                port = self.start_service(HOST=host).server_port
-                self.assertEqual(self.run_service("--health", HOST=host, PORT=str(port))[0], 0)
-                self.assertEqual(self.run_service("--health", HOST=other, PORT=str(port))[0], 1)
+        for address, other in (("127.0.0.1", "127.0.0.2"), ("::1", "127.0.0.1")):
+            with self.subTest(address):
+                port = self.start_service(LISTEN_ADDRESS=address).server_port
+                self.assertTrue(self.is_well(address, port))
+                self.assertFalse(self.is_well(other, port))
         port = self.start_service().server_port
-        for host in ("127.0.0.1", "::1"):
-            self.assertEqual(self.run_service("--health", HOST=host, PORT=str(port))[0], 0)
+        for address in ("127.0.0.1", "::1"):
+            self.assertTrue(self.is_well(address, port))
 
     def check(self, **changes):
         """Return the exit status and the lines of --check; each begins with its setting."""
@@ -3818,6 +3901,14 @@ class ProcessTest(Case):
             self.assertTrue(self.assert_checked(line, TICKET_CHANNEL=QUIET))
         self.assertTrue(self.assert_checked("warning +TICKET_CHANNEL: it is private",
                                             TICKET_CHANNEL=SECRET))
+        self.assertTrue(self.assert_checked("note +TICKET_CHANNEL: .*people have to join it",
+                                            TICKET_CHANNEL=QUIET))
+        for threads, noted in (("disabled", True), ("default_off", True), ("default_on", False),
+                               ("always_on", False), (7, False)):
+            self.mattermost.threads = threads
+            _, lines = self.check()
+            self.assertEqual(any(re.match(f"note +MATTERMOST_URL: Collapsed.*{threads}", line)
+                                 for line in lines), noted)
 
     def test_check_says_what_is_wrong(self):
         self.mattermost.channels[SECRET].members.add(BOT)
@@ -3928,9 +4019,25 @@ class ProcessTest(Case):
 class FilesTest(unittest.TestCase):
     """What README, Containerfile and unit say of the program is so."""
 
+    program = HERE / "ticket_service.py"
+
     unit = (HERE / "ticket-service.container").read_text(encoding="utf-8")
     containerfile = (HERE / "Containerfile").read_text(encoding="utf-8")
     readme = (HERE / "README.md").read_text(encoding="utf-8")
+
+    def test_an_older_python_says_so_in_one_line(self):
+        source = self.program.read_text(encoding="utf-8")
+        ast.parse(source, feature_version=(3, 8))
+        first_imports = re.findall(r"(?m)^(?:import|from) .*", source.partition("sys.exit(2)")[0])
+        self.assertEqual(first_imports, ["import sys"])
+        for minor in (8, 9, 10):
+            for python in (shutil.which(f"python3.{minor}"),
+                           *Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python")):
+                if not python or subprocess.run([python, "-c", ""], capture_output=True).returncode:
+                    continue  # what pyenv puts into the path may lead nowhere
+                ended = subprocess.run([python, self.program], capture_output=True, text=True)
+                self.assertEqual((ended.returncode, ended.stdout), (2, ""))
+                self.assertRegex(ended.stderr, rf"^Python 3\.11 .*this is 3\.{minor}\.\d+\n$")
 
     def test_the_unit_sets_what_the_program_needs_and_knows(self):
         names = re.findall(r"(?m)^#?Environment=(\w+)=", self.unit)
@@ -4523,7 +4630,7 @@ class DemoTest(Case):
         self.addCleanup(os.environ.pop, "FORM_FILE")
         with contextlib.redirect_stderr(io.StringIO()) as errors:
             self.assertEqual(run_demo(0), 2)
-        self.assertIn("FORM_FILE can't be read", errors.getvalue())
+        self.assertIn("FORM_FILE '/nowhere': can't be read", errors.getvalue())
 
 
 if __name__ == "__main__":

@@ -17,6 +17,12 @@ people read is below it, how a ticket looks is in ticket_message(). `--help` lis
 the rest is in README.md.
 """
 
+import sys
+
+if sys.version_info < (3, 11):  # whatever stands below would fail with a traceback
+    print(f"Python 3.11 or later is needed, and this is {sys.version.split()[0]}", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import base64
 import calendar
@@ -43,7 +49,6 @@ import signal
 import socket
 import socketserver
 import ssl
-import sys
 import threading
 import time
 import urllib.parse
@@ -999,11 +1004,11 @@ def text_of_file(path, most):
         with open(path, encoding="utf-8-sig") as file:
             text = file.read(most + 1)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text in UTF-8") from error
+        raise ValueError("is not a text in UTF-8") from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"can't be read: {error}") from error
+        raise ValueError(f"can't be read: {getattr(error, 'strerror', error)}") from error
     if len(text) > most:
-        raise ValueError(f"{path} is longer than {most} characters")
+        raise ValueError(f"is longer than {most} characters")
     return text
 
 
@@ -1059,12 +1064,12 @@ def read_port(text):
     return int(text)
 
 
-def read_host(text):
+def read_address(text):
     """Return an address of this machine."""
     try:
         return str(ipaddress.ip_address(text))
     except ValueError as error:
-        raise ValueError("must be an IP address, such as 127.0.0.1 or ::1") from error
+        raise ValueError("must be an IP address, such as 127.0.0.1 or ::1, no name") from error
 
 
 class Setting(NamedTuple):
@@ -1074,6 +1079,7 @@ class Setting(NamedTuple):
     parse: Callable  # of a text; raises ValueError with what is wrong
     default: object = None  # None: there must be one
     in_file: bool = False  # whether <name>_FILE may name a file that holds it
+    secret: bool = False  # whether it must not be shown
 
 
 SETTINGS = {
@@ -1081,17 +1087,17 @@ SETTINGS = {
         "where this service reaches Mattermost: https://mattermost.example.com",
         functools.partial(read_url, below="/api/v4"), in_file=True),
     "BOT_TOKEN": Setting(
-        "access token of the bot account", read_token, in_file=True),
+        "access token of the bot account", read_token, in_file=True, secret=True),
     "SLASH_TOKEN": Setting(
         "token of the slash command; several (one per team) with commas in between",
-        read_tokens, in_file=True),
+        read_tokens, in_file=True, secret=True),
     "CALLBACK_URL": Setting(
         "where Mattermost reaches this service: http://tickets.example.com:8080",
         functools.partial(read_url, below="/ticket"), in_file=True),
     "PORT": Setting(
         "port to listen on; default 8080", read_port, 8080),
-    "HOST": Setting(
-        "address to listen on; default: all of this machine", read_host, ""),
+    "LISTEN_ADDRESS": Setting(
+        "IP address to listen on; default: all of this machine", read_address, ""),
     "TICKET_CHANNEL": Setting(
         "ID of one channel for all tickets; default: where /ticket is typed",
         read_channel, "", in_file=True),
@@ -1105,31 +1111,39 @@ SETTINGS = {
 def read_setting(environ, name):
     """Return the value of a setting, from a variable or from the file that <name>_FILE names.
 
-    Raise ValueError with what is wrong with it, a line each.
+    One that is blank counts as not set. Raise ValueError with what is wrong with it, a line each.
     """
     setting, text = SETTINGS[name], environ.get(name, "").strip()
-    if setting.in_file and (path := environ.get(f"{name}_FILE")):
+    if setting.in_file and (path := environ.get(f"{name}_FILE", "").strip()):
         if text:
             raise ValueError(f"is given twice: as {name} and as {name}_FILE")
         try:
             text = text_of_file(path, 100_000).strip()
         except ValueError as error:
-            raise ValueError(f"of {name}_FILE: {error}") from error
+            raise ValueError(f"of {name}_FILE {path!r}: {error}") from error
         if not text:
-            raise ValueError(f"of {name}_FILE: {path} is empty")
-    if text:
-        return setting.parse(text)
-    if setting.default is None:
+            raise ValueError(f"of {name}_FILE {path!r}: is empty")
+    if not text and setting.default is None:
         raise ValueError(f"is missing: {setting.meaning}")
-    return setting.default
+    try:
+        return setting.parse(text) if text else setting.default
+    except ValueError as error:
+        if setting.secret:
+            raise
+        shown = re.sub("//[^/]*@", "//\u2026@", text)[:200]  # without user name and password
+        raise ValueError("\n".join(
+            f"{shown!r}: {line}" for line in str(error).splitlines())) from error
 
 
 def tls_context(ca_file):
     """Return what verifies certificates; ssl itself says nothing when it has nobody to trust."""
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):  # OpenSSL reads them, too, and takes "" for one
+        if not os.environ.get(name, "unset").strip():
+            del os.environ[name]
     try:
         context = ssl.create_default_context(cafile=ca_file or None)
     except OSError as error:
-        raise ValueError(f"can't be used: {ca_file}: {error}") from error
+        raise ValueError(f"{ca_file!r}: can't be used: {error}") from error
     # On by default from Python 3.13: it refuses private CAs that curl, Go and browsers accept.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     directory = ssl.get_default_verify_paths().capath
@@ -1159,7 +1173,7 @@ class Settings:
     slash_tokens: list = field(repr=False)  # of bytes; what we seal is sealed with the first
     callback_url: str
     port: int
-    host: str  # "" for all addresses
+    listen_address: str  # "" for all
     ticket_channel: str  # "" for the channel where /ticket is typed
     form: Form
     tls: ssl.SSLContext | None  # None if all is http
@@ -1167,27 +1181,32 @@ class Settings:
     @classmethod
     def from_environment(cls, environ):
         """Return the settings in a mapping; raise SettingsError with all that is wrong in it."""
-        problems: list[str] = []
+        problems: list = []
+        good: dict = {}
 
         def attempt(name, work, *details):
             try:
-                return work(*details)
+                good[name] = work(*details)
             except (OSError, ValueError) as error:
                 problems.extend(f"{name} {line}" for line in str(error).splitlines())
-                return None
 
-        values = {name: attempt(name, read_setting, environ, name) for name in SETTINGS}
-        form = values["FORM_FILE"] or attempt("FORM", Form, FORM, "FORM")
-        tls = None
-        if values["SSL_CERT_FILE"] or str(values["MATTERMOST_URL"]).startswith("https:"):
-            tls = attempt("SSL_CERT_FILE", tls_context, values["SSL_CERT_FILE"])
-        if str(values["BOT_TOKEN"]).encode() in (values["SLASH_TOKEN"] or ()):
+        for name in SETTINGS:
+            attempt(name, read_setting, environ, name)
+        if good.get("FORM_FILE") == "":
+            attempt("FORM", Form, FORM, "FORM")
+        ca_file = good.pop("SSL_CERT_FILE")
+        if ca_file or good.get("MATTERMOST_URL", "").startswith("https:"):
+            attempt("SSL_CERT_FILE", tls_context, ca_file)
+        if good.get("BOT_TOKEN", "").encode() in good.get("SLASH_TOKEN", []):
             problems.append("SLASH_TOKEN is the bot's token: it must be that of the slash command")
         if problems:
             raise SettingsError("\n".join(problems))
-        return cls(values["MATTERMOST_URL"], values["BOT_TOKEN"], values["SLASH_TOKEN"],
-                   values["CALLBACK_URL"], values["PORT"], values["HOST"],
-                   values["TICKET_CHANNEL"], form, tls)
+        return cls(
+            mattermost_url=good["MATTERMOST_URL"], bot_token=good["BOT_TOKEN"],
+            slash_tokens=good["SLASH_TOKEN"], callback_url=good["CALLBACK_URL"],
+            port=good["PORT"], listen_address=good["LISTEN_ADDRESS"],
+            ticket_channel=good["TICKET_CHANNEL"], form=good["FORM_FILE"] or good["FORM"],
+            tls=good.get("SSL_CERT_FILE"))
 
 
 # ----------------------------------------------------------- 5. Reading: what Mattermost says to us
@@ -1482,7 +1501,7 @@ class MattermostError(Exception):
     Mattermost's own, where they may be shown.
     """
 
-    def __init__(self, reason, status=None, *, error_id="", words="", retry_after=None,
+    def __init__(self, reason, status=None, *, error_id="", words="", hint="", retry_after=None,
                  connected=True, hopeless=False):
         self.status, self.meaning = status, MEANINGS.get(error_id, "")
         self.words, self.retry_after = words, retry_after  # one line; seconds
@@ -1494,7 +1513,7 @@ class MattermostError(Exception):
             self.may_have_worked = connected and (status < 300 or status >= 500)
         self.foreign = not (status is None or self.may_pass or self.by_mattermost)
         if self.foreign and connected:
-            reason += ", but not as Mattermost does: is MATTERMOST_URL right?"
+            reason += f", but not as Mattermost does: {hint or 'is MATTERMOST_URL right?'}"
         super().__init__(f"{reason}: {words}" if words else reason)
 
 
@@ -1516,11 +1535,25 @@ def unanswered_call(error, peer):
         connected=connected, hopeless=bool(HOPELESS.search(str(cause))))
 
 
-def refused_call(answer, peer, keep_words):
-    """Return the error in an answer.
+def redirect_hint(answer, url):
+    """Return what a redirect says of MATTERMOST_URL, when a URL of the API was asked for."""
+    path = urllib.parse.urlsplit(url).path
+    try:
+        target = urllib.parse.urlsplit(
+            urllib.parse.urljoin(url, answer.headers.get("Location", "")))
+    except ValueError:  # it is no URL
+        return ""
+    host = target.netloc.rpartition("@")[2]  # without user name and password
+    leads_to = f"it leads to {target.scheme}://{host}{target.path}"
+    api = path[path.find("/api/v4/"):]
+    if not target.path.endswith(api):
+        return f"{leads_to}: is MATTERMOST_URL right?"
+    right = target.path.removesuffix(api)
+    return f"{leads_to}, so MATTERMOST_URL may have to be {target.scheme}://{host}{right}"
 
-    Mattermost's own words are kept only where they can't hold a response hook.
-    """
+
+def refused_call(answer, url, peer):
+    """Return the error in an answer; `peer` says who was asked, for the log."""
     try:
         fields = json.loads(answer.body)
         error_id, words = str(fields["id"]), fields.get("message")
@@ -1531,11 +1564,14 @@ def refused_call(answer, peer, keep_words):
     reason = f"{peer} answered {answer.status}"
     if ERROR_ID.fullmatch(error_id):  # plugins put their own words there
         reason += f" {error_id}"
+    # Mattermost's own words, and where a redirect leads, but for what may hold a response hook.
+    words = one_line(words) if url.endswith("/api/v4/posts") and isinstance(words, str) else ""
+    redirected = 300 <= answer.status < 400 and "/api/v4/" in url
+    hint = one_line(redirect_hint(answer, url)) if redirected else ""
     wait = answer.headers.get("Retry-After", "")
     kind = NotAllowed if error_id and answer.status in (400, 403, 404) else MattermostError
     return kind(
-        reason, answer.status, error_id=error_id,
-        words=one_line(words) if keep_words and isinstance(words, str) else "",
+        reason, answer.status, error_id=error_id, words=words, hint=hint,
         retry_after=float(wait) if re.fullmatch("[0-9]+", wait) else None)  # it may be a date
 
 
@@ -1687,7 +1723,7 @@ class Mattermost:
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise unanswered_call(error, self.peer) from error
         if answer.status not in (200, 201):
-            raise refused_call(answer, self.peer, keep_words=path == "/api/v4/posts")
+            raise refused_call(answer, request.full_url, self.peer)
         return answer.body
 
     def call(self, method, path, payload=None, wanted=dict, limit=ANSWER_LIMIT):
@@ -2439,7 +2475,7 @@ HEAD = re.compile(
     rb"(?:\r\n)?(%b) (/[!-~]*) (HTTP/1\.[01])\r\n((?:%b:[\t\x20-\x7e\x80-\xff]*\r\n)*)\r\n"
     % (NAME, NAME))
 BARE_LF = re.compile(rb"(?<!\r)\n")
-HOST = re.compile(rb"[\w.~:\[\]-]+")
+HOST = re.compile(rb"[\w.~:\[\]-]*")  # may be empty: RFC 9112, 3.2
 ONLY_ONCE = (b"host", b"content-length", b"content-type", b"authorization", b"expect")
 
 
@@ -2516,7 +2552,7 @@ def body_length(head):
         raise Refused(501, "Transfer-Encoding is not supported")
     if headers.get(b"expect", b"100-continue").lower() != b"100-continue":
         raise Refused(417, "Expect is not supported, but for 100-continue")
-    if not HOST.fullmatch(headers.get(b"host", b"" if modern else b"none")):
+    if (modern and b"host" not in headers) or not HOST.fullmatch(headers.get(b"host", b"")):
         raise Refused(400, "Host is missing or malformed")
     length = headers.get(b"content-length", b"0")
     if not length.isdigit():
@@ -2972,7 +3008,7 @@ def callback_checks(settings, port):
         yield "warning", f"CALLBACK_URL: {url} is Mattermost's own machine"
     if parts.port and parts.port not in (port, 80, 443):
         yield "warning", f"CALLBACK_URL: its port is {parts.port}, but PORT is {port}"
-    if illness(address_of(settings.host, port)):
+    if illness(address_of(settings.listen_address, port)):
         yield "note", "CALLBACK_URL: it can't be checked while the service does not run"
     elif wrong := illness(url, settings.tls):
         yield "warning", ("CALLBACK_URL: Mattermost must reach it; from here it does not answer: "
@@ -2994,6 +3030,10 @@ def mattermost_checks(desk):
     if numbers < (9, 4):
         yield "warning", "MATTERMOST_URL: before 9.4, a form has 3 seconds to open: update it"
     yield from ((level, f"{desk.form.source}: {what}") for level, what in desk.form.needs(numbers))
+    if config.get("CollapsedThreads") in ("disabled", "default_off"):
+        yield "note", ("MATTERMOST_URL: Collapsed Reply Threads are "
+                       f"{config['CollapsedThreads']}: people who follow a ticket are not told of "
+                       "replies")
     if site_url.startswith("http"):
         yield "ok", f"MATTERMOST_URL: its SiteURL, for links to tickets, is {site_url}"
     else:
@@ -3018,7 +3058,8 @@ def bot_checks(desk):
     if teams:
         yield "ok", f"BOT_TOKEN: it is that of @{bot}, in the team {', '.join(teams)}"
     else:
-        yield "problem", f"BOT_TOKEN: @{bot} is in no team: let a team admin add it"
+        yield "problem", (f"BOT_TOKEN: @{bot} is in no team: somebody in a team has to add it "
+                          "(team name ▾ › Invite people)")
     if desk.settings.ticket_channel:
         yield from ticket_channel_checks(desk, bot)
 
@@ -3034,9 +3075,12 @@ def ticket_channel_checks(desk, bot):
         channel = {}
         with contextlib.suppress(NotAllowed):  # who may post everywhere may not look everywhere
             channel = desk.mattermost.get_channel(channel_id)
-        if channel.get("type") != "O":
-            yield "warning", ("TICKET_CHANNEL: it is private: the links in confirmations lead "
-                              "nowhere for people who are not in it")
+        if channel.get("type") == "O":
+            yield "note", ("TICKET_CHANNEL: who is not in it is not told of replies to a ticket: "
+                           "people have to join it")
+        else:
+            yield "warning", ("TICKET_CHANNEL: it is private: people who are not in it can't read "
+                              "their tickets, and are not told of replies")
     except MattermostError as error:
         yield "warning", f"TICKET_CHANNEL: it can't be looked at: {error}"
 
@@ -3069,9 +3113,9 @@ def print_checks(settings):
 def health(environ):
     """Ask the service that runs on this machine whether it is well; return the exit status."""
     try:
-        url = address_of(read_setting(environ, "HOST"), read_setting(environ, "PORT"))
+        url = address_of(read_setting(environ, "LISTEN_ADDRESS"), read_setting(environ, "PORT"))
     except ValueError as error:
-        print(f"HOST or PORT {error}", file=sys.stderr)
+        print(f"LISTEN_ADDRESS or PORT {error}", file=sys.stderr)
         return 1
     if wrong := illness(url):
         print(f"no answer at {url}: {wrong}", file=sys.stderr)
@@ -3102,9 +3146,10 @@ def serve(settings):
     """Run the service until SIGTERM or SIGINT; return the exit status."""
     desk = Desk(settings)
     try:
-        server = Server(desk, settings.host, settings.port, file_limit())
+        server = Server(desk, settings.listen_address, settings.port, file_limit())
     except OSError as error:
-        log.error("HOST and PORT: %s:%d can't be opened: %s", settings.host, settings.port, error)
+        log.error("LISTEN_ADDRESS and PORT: %s:%d can't be opened: %s",
+                  settings.listen_address, settings.port, error)
         return 1
     # Blocked before any thread starts, so that sigwait() gets them; nothing else ends a PID 1.
     signals = {signal.SIGTERM, signal.SIGINT}
