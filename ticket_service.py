@@ -2572,20 +2572,19 @@ def body_length(head):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """The only request of a connection, from the first byte to the last one of its answer."""
+    """The only request of a connection."""
 
     socket: socket.socket
     address: str  # of the client
     accepted: float  # when, by time.monotonic()
-    due: float  # when it must be here; then when it must be answered; then when it must be over
+    due: float  # when it must be here; if it is whole, when it must be answered
     received: bytearray = field(default_factory=bytearray)
     head: Head | None = None
     begins: int = 0  # where the body does, in what is received
     ends: int = 0
     refused: Refused | None = None  # what is still sent is dropped
     said: object = None  # what Mattermost says with it, once that has been read
-    unsent: bytes = b""  # what the client has not taken so far of a late answer
-    watched: bool = False  # by Server.selector
+    watched: bool = False  # by Arrivals.selector
 
     def is_whole(self):
         """Return whether the request is all here; refuse it as soon as that is clear."""
@@ -2701,8 +2700,31 @@ class LateHandler(Handler):
         raise Sorry(route.late, log=f"there was no answer within {self.server.answer_within} s")
 
     def send(self, answer):
-        """Send what the client takes at once."""
-        self.request.unsent = answer[self.request.socket.send(answer, socket.MSG_DONTWAIT):]
+        """Leave an answer to the system, which has room for 200 KB at least."""
+        self.request.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, len(answer))
+        self.request.socket.send(answer, socket.MSG_DONTWAIT)
+
+
+class Arrivals(dict):
+    """Requests that are not whole, or refused and still being sent: keys, the oldest first."""
+
+    def __init__(self):
+        super().__init__()
+        self.selector = selectors.DefaultSelector()
+
+    def watch(self, request):
+        """Wait for more of a request."""
+        self[request] = True
+        if not request.watched:
+            self.selector.register(request.socket, selectors.EVENT_READ, request)
+            request.watched = True
+
+    def forget(self, request):
+        """Wait no longer for a request."""
+        self.pop(request, None)
+        if request.watched:
+            self.selector.unregister(request.socket)
+            request.watched = False
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -2710,40 +2732,38 @@ class Server(http.server.ThreadingHTTPServer):
 
     One loop, serve_forever(), owns every connection until its request is whole. It takes what has
     arrived, judges the head as soon as it is there, and answers health checks and refusals itself:
-    a short answer to a new connection can't block. A whole request waits for a free thread, and
-    a thread waits for nobody but Mattermost.
+    a short answer to a new connection can't block. A whole request waits for a free thread, and a
+    thread waits for nobody but Mattermost.
 
     `unanswered` has each whole request until somebody takes it out, in one step, and so answers it:
-    its thread, or the loop, when it is due. So nobody else has to count the time that a person
-    waits. `connections` has the others, which are still sending, or still take their answer. All
-    are bounded in number, time and memory; nothing that a client or Mattermost does ends the loop.
+    its thread or, when it is due, the loop. So nobody else has to count the time that a person
+    waits. All requests are bounded in number, time and memory; nothing that a client or Mattermost
+    does can end the loop.
     """
 
     request_queue_size = 1024
     arrive_within = 10  # seconds in which a request has to arrive
-    answer_within = 24  # seconds, with those, to the answer: Mattermost gives up after 30
+    answer_within = 24  # seconds, those included, to its answer: Mattermost gives up after 30
     look_every = 0.05  # seconds, for what is due
-    grace = 0.1  # seconds in which a connection does not give way: the honest speak by then
-    linger = 2  # seconds for which a client may go on sending, or taking its answer
+    grace = 0.1  # seconds in which nobody gives way: the honest speak by then
+    linger = 2  # seconds for which a refused client may go on sending
     stop_within = 1  # second, in which requests that are on their way have to be here
     follow_up_within = 20  # seconds after the last answer, at a stop
 
-    def __init__(self, desk, host, port, files=1024, threads=512):
+    def __init__(self, desk, address, port, files=1024, threads=512):
         """Listen; `files` is how many may be open, `threads` how many requests are worked on."""
-        both = socket.has_dualstack_ipv6() and not host
-        self.address_family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
+        both = socket.has_dualstack_ipv6() and not address
+        self.address_family = socket.AF_INET6 if both or ":" in address else socket.AF_INET
         self.desk = desk
-        self.most_connections, self.most_threads = min(4096, files // 3), min(threads, files // 4)
+        self.most_requests, self.most_threads = min(4096, files // 3), min(threads, files // 4)
         self.threads = ThreadPoolExecutor(self.most_threads)  # each may call Mattermost
         self.free_threads = threading.Semaphore(self.most_threads)
-        self.connections = {}  # not whole, or answered, but not over: keys, the oldest first
-        self.unanswered = {}  # whole, or refused just now: keys
-        self.waiting = {}  # of those, the ones for which no thread was free: keys, oldest first
-        self.bytes = 0  # of all these, as of the last look, and what has come since
+        self.arrivals = Arrivals()
+        self.unanswered = {}  # requests: keys
+        self.waiting = {}  # of these, the ones for which no thread was free: keys, the oldest first
         self.next_look = 0.0
-        self.selector = selectors.DefaultSelector()
         self.stopping, self.stopped = threading.Event(), threading.Event()
-        super().__init__((host, port), Handler)
+        super().__init__((address, port), Handler)
 
     def server_bind(self):
         """Bind to IPv4 and IPv6, without HTTPServer's look-up of a name: that can take 10 s."""
@@ -2755,23 +2775,23 @@ class Server(http.server.ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval=0.1):
         """Serve until shutdown(): the stock loop looks at the listening socket only."""
-        self.selector.register(self.socket, selectors.EVENT_READ)
+        self.arrivals.selector.register(self.socket, selectors.EVENT_READ)
         while not self.stopping.is_set():
             self.serve(poll_interval)
         ends = time.monotonic() + self.answer_within + self.follow_up_within
-        self.selector.unregister(self.socket)
+        self.arrivals.selector.unregister(self.socket)
         for _ in range(self.request_queue_size):  # whom the kernel has taken already
             if not self.accept():
                 break
         self.socket.close()
-        for request in self.connections:
+        for request in self.arrivals:
             request.due = min(request.due, time.monotonic() + self.stop_within)
-        while self.connections or self.unanswered:
+        while self.arrivals or self.unanswered:
             self.serve(0.02)  # seconds
         for _ in range(self.most_threads):  # not for ever: one may wait for a name server
             self.free_threads.acquire(timeout=max(0, ends - time.monotonic()))
         self.threads.shutdown(wait=False)
-        self.selector.close()
+        self.arrivals.selector.close()
         self.stopped.set()
 
     def shutdown(self):
@@ -2781,26 +2801,26 @@ class Server(http.server.ThreadingHTTPServer):
 
     def serve(self, seconds):
         """Deal with all that arrives within some seconds, and with all that is due."""
-        for key, events in self.selector.select(seconds):
+        for key, _ in self.arrivals.selector.select(seconds):
             if key.fileobj is self.socket:
                 self.accept()
-            elif events & selectors.EVENT_WRITE:
-                self.send_rest(key.data)
             else:
                 self.receive(key.data)
         self.begin()
-        now = time.monotonic()
-        if now > self.next_look:
-            self.look(now)
+        if time.monotonic() > self.next_look:
+            self.look(time.monotonic())
 
     def look(self, now):
-        """End what has taken too long, and answer for what takes too long."""
+        """End what has taken too long, or takes too much memory, and answer what is due."""
         self.next_look = now + self.look_every
-        for request in [one for one in self.connections if one.due < now]:
+        for request in [one for one in self.arrivals if one.due < now]:
             self.hang_up(request)
-        open_now = list(self.unanswered)  # one step: threads take them out
-        self.bytes = sum(len(one.received) for one in (*self.connections, *open_now))
-        for request in [one for one in open_now if one.due < now]:
+        unanswered = list(self.unanswered)  # in one step: threads take them out
+        excess = sum(len(one.received) for one in (*self.arrivals, *unanswered)) - BYTES_LIMIT
+        while excess > 0 and (oldest := self.oldest(lambda one: one.received)):
+            excess -= len(oldest.received)
+            self.give_way(oldest)
+        for request in [one for one in unanswered if one.due < now]:
             self.answer_late(request)
             if time.monotonic() > self.next_look:  # the rest at the next look: others wait, too
                 break
@@ -2811,7 +2831,7 @@ class Server(http.server.ThreadingHTTPServer):
         Where there are too many, the oldest gives way, once it has had its time.
         """
         now = time.monotonic()
-        if len(self.connections) + len(self.unanswered) >= self.most_connections:
+        if len(self.arrivals) + len(self.unanswered) >= self.most_requests:
             oldest = self.oldest()
             if not oldest or now - oldest.accepted < self.grace:
                 time.sleep(0.01)  # seconds; who waits to be accepted is kept by the kernel
@@ -2823,49 +2843,45 @@ class Server(http.server.ThreadingHTTPServer):
             if not isinstance(error, BlockingIOError):  # no file is left: do not ask again at once
                 time.sleep(0.05)
             return False
-        request = Request(
-            connection, address.removeprefix("::ffff:"), now, now + self.arrive_within)
-        self.connections[request] = True
-        self.receive(request)
+        self.receive(Request(
+            connection, address.removeprefix("::ffff:"), now, now + self.arrive_within))
         return True
 
     def receive(self, request):
         """Take what has arrived of a request; whatever is wrong with it, only it can fail."""
         try:
-            self.judge(request, request.socket.recv(65536, socket.MSG_DONTWAIT))
+            data = request.socket.recv(65536, socket.MSG_DONTWAIT)
+            if not data:
+                self.hang_up(request)
+            elif not request.refused:
+                request.received += data
+                if request.is_whole():
+                    self.take(request)
+                else:
+                    self.arrivals.watch(request)
         except BlockingIOError:
-            self.watch(request, selectors.EVENT_READ)
+            self.arrivals.watch(request)
+        except Refused as refused:
+            request.refused = refused
+            self.take(request)
         except Exception as error:
             if not isinstance(error, OSError):
                 self.handle_error(request, request.address)
             self.hang_up(request)
-        self.save_memory()
 
-    def judge(self, request, data):
-        """Let a request wait, answer it, or let a thread do so, as it is so far."""
-        if not data:
-            self.hang_up(request)
-        if not data or request.refused:
-            return
-        request.received += data
-        self.bytes += len(data)
-        try:
-            if not request.is_whole():
-                self.watch(request, selectors.EVENT_READ)
-                return
-        except Refused as refused:
-            request.refused = refused
-        self.forget(request)
+    def take(self, request):
+        """Answer a health check or a request that is refused; let a thread answer any other."""
+        self.arrivals.forget(request)
         self.unanswered[request] = True
         if request.refused or request.head.path == HEALTH:
-            self.answer_with(Handler, request)  # here, without a thread
+            self.answer_with(Handler, request)
             return
         request.due = request.accepted + self.answer_within
         self.waiting[request] = True
         self.begin()
 
     def begin(self):
-        """Let free threads answer the requests that wait."""
+        """Let free threads work on the requests that wait."""
         while self.waiting and self.free_threads.acquire(blocking=False):
             request = next(iter(self.waiting))
             del self.waiting[request]
@@ -2895,76 +2911,32 @@ class Server(http.server.ThreadingHTTPServer):
                 self.close_request(request.socket)
 
     def oldest(self, counts=None):
-        """Return the oldest request that may give way, if there is one; or the oldest that counts.
-
-        A request that a thread is working on gives no way.
-        """
-        firsts = (next(filter(counts, table), None) for table in (self.connections, self.waiting))
+        """Return the oldest request that may give way, of those that count, if there is one."""
+        firsts = (next(filter(counts, table), None) for table in (self.arrivals, self.waiting))
         return min(filter(None, firsts), key=lambda one: one.accepted, default=None)
 
     def give_way(self, request):
-        """End a request before its time, if there are too many; who sent a whole one is told."""
+        """End a request before its time; a person is told."""
         if request in self.waiting:
             self.answer_late(request)
         else:
             self.hang_up(request)
 
-    def save_memory(self):
-        """Let the oldest requests give way as long as all of them take too much memory."""
-        while self.bytes > BYTES_LIMIT:
-            oldest = self.oldest(lambda one: one.received)
-            if not oldest:
-                return
-            self.bytes -= len(oldest.received)
-            self.give_way(oldest)
-
-    def watch(self, request, events):
-        """Wait for more of a request, or until the client takes more of its answer."""
-        if not request.watched:
-            self.selector.register(request.socket, events, request)
-            request.watched = True
-
-    def forget(self, request):
-        """Wait no longer for a client."""
-        self.connections.pop(request, None)
-        if request.watched:
-            self.selector.unregister(request.socket)
-            request.watched = False
-
     def hang_up(self, request):
-        """End a connection without an answer, or without more of it."""
-        self.forget(request)
+        """End a connection without an answer."""
+        self.arrivals.forget(request)
         self.close_request(request.socket)
 
     def end(self, request):
-        """Close the connection of an answered request, once the client has sent and taken all.
-
-        A reset could lose the answer.
-        """
-        if not (request.refused or request.unsent):
+        """End an answered connection; that of a refused client later: a reset could lose it."""
+        if not request.refused:
             self.shutdown_request(request.socket)
-            return
-        request.due = time.monotonic() + self.linger
-        self.connections[request] = True
-        if request.unsent:
-            self.watch(request, selectors.EVENT_WRITE)
             return
         with contextlib.suppress(OSError):  # it has been reset, as we shall read
             request.socket.shutdown(socket.SHUT_WR)
         request.socket.setblocking(False)
-        self.watch(request, selectors.EVENT_READ)
-
-    def send_rest(self, request):
-        """Send more of a late answer to a client that takes it slowly."""
-        try:
-            sent = request.socket.send(request.unsent, socket.MSG_DONTWAIT)
-        except OSError:
-            self.hang_up(request)
-            return
-        request.unsent = request.unsent[sent:]
-        if not request.unsent:
-            self.forget(request)
-            self.shutdown_request(request.socket)
+        request.due = time.monotonic() + self.linger
+        self.arrivals.watch(request)
 
     def handle_error(self, request, client_address):
         """Log a bug of ours: what clients do is no error."""
