@@ -172,7 +172,7 @@ class Case(unittest.TestCase):
         desk = ticket_service.Desk(settings)
         server = ticket_service.Server(
             desk, settings.listen_address, settings.port, files, threads)
-        desk.wait_at_stop, desk.mattermost.pause, server.stop_within = 0, 0.01, 0.1
+        desk.tickets.wait_at_stop, desk.mattermost.pause, server.stop_within = 0, 0.01, 0.1
         desk.presses.first_look, server.look_every = 0.005, 0.005
         thread = threading.Thread(target=server.serve_forever, args=(0.001,))
         thread.start()
@@ -1847,10 +1847,10 @@ class SubmissionTest(Case):
 
     def test_our_own_bug_is_a_calm_sentence_and_a_traceback_in_the_log(self):
         self.mattermost.run_command()
-        ids, self.service.desk.ids = self.service.desk.ids, None
+        ids, self.service.desk.tickets.ids = self.service.desk.tickets.ids, None
         self.assert_refused(self.mattermost.submit_dialog(answers_to()), ticket_service.OUR_FAULT)
         self.assert_logged("(?s)ERROR .*Traceback.*AttributeError")
-        self.service.desk.ids = ids
+        self.service.desk.tickets.ids = ids
         self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
 
     def test_a_bug_while_a_request_is_read_does_not_close_the_dialog_either(self):
@@ -3993,7 +3993,7 @@ class ProcessTest(Case):
         self.assertEqual(process.wait(8), 0)
 
     def test_no_id_is_given_again_after_a_restart(self):
-        self.service.desk.wait_at_stop = 1
+        self.service.desk.tickets.wait_at_stop = 1
         for _ in range(2):  # the IDs of a sixth of a second
             self.file()
         self.service.shutdown()

@@ -2181,6 +2181,138 @@ class Dialog:
     confirmed: bool = False
 
 
+class Tickets:
+    """Makes one ticket of a dialog, and its thread."""
+
+    clocks_differ = 300  # seconds, Mattermost's and ours, at most
+    wait_at_stop = 10  # seconds
+
+    def __init__(self, mattermost, channels, seal, presses, form):
+        self.mattermost, self.channels, self.form = mattermost, channels, form
+        self.seal, self.presses = seal, presses
+        self.ids = TicketIds()
+
+    def file(self, dialog, answers, names):
+        """Make sure that there is a ticket, and that answers are in it, or in its thread."""
+        if not dialog.post_id:
+            self.find_or_make(dialog, answers, names)
+        if dialog.posted != fingerprint(answers):
+            self.post_changes(dialog, answers, names)
+
+    def find_or_make(self, dialog, answers, names):
+        """Let a dialog have the ticket that an earlier try made, or a new one."""
+        nonces = self.nonces("ticket", dialog)
+        made = self.mattermost.patiently(lambda: self.earlier(dialog, nonces)
+                                         or self.make(dialog, answers, names, nonces))
+        dialog.ticket_id, dialog.post_id = made["props"]["ticket_id"], made["id"]
+        dialog.posted = fingerprint(made["props"]["ticket"].get("answers"))
+        dialog.has_reply = dialog.has_reply or bool(made.get("reply_count"))
+        log.info("ticket=%s user=%s channel=%s post=%s", dialog.ticket_id, dialog.asked.user_name,
+                 dialog.channel_id, dialog.post_id)
+
+    def make(self, dialog, answers, names, nonces):
+        """Return the post of a new ticket, as Mattermost has made it."""
+        dialog.ticket_id = dialog.ticket_id or self.ids.next()
+        post, now = self.post(dialog, answers, names, nonces[0]), int(time.time())
+        try:
+            made = self.channels.create_post(post, dialog.team_id)
+            if not is_ticket(made, nonces):
+                raise self.mattermost.odd_answer()
+        except MattermostError as error:
+            if error.may_have_worked:
+                dialog.look_since = dialog.look_since or now
+            raise
+        return made
+
+    def post(self, dialog, answers, names, nonce):
+        """Return the post of a new ticket, as Mattermost gets it."""
+        asked, ticket_id = dialog.asked, dialog.ticket_id
+        message = ticket_message(
+            ticket_id, asked.user_name, self.form.markdown(answers, names), self.form.mention,
+            asked.root_id and self.mattermost.link(asked.root_id))
+        # Room for each status it may get, and for the longest user name.
+        longest = max(len(with_status(message, status, "x" * 64)) for status in STATUSES)
+        if (excess := longest - MESSAGE_LIMIT) > 0:
+            raise Sorry(TICKET_TOO_LONG.format(excess=excess))
+        now = milliseconds()
+        ticket = {"user_id": asked.user_id, "user_name": asked.user_name, "answers": answers,
+                  "names": {one: name.name for one, name in names.items()},
+                  "created_at": now, "nonce": nonce,
+                  **Change(NEW, asked.user_name, now)._asdict()}
+        return new_post(dialog.channel_id, message, nonce, is_ticket=True, ticket_id=ticket_id,
+                        ticket=ticket, attachments=self.presses.buttons(ticket_id, ticket))
+
+    def nonces(self, purpose, dialog):
+        """Return what may name a post of a dialog: with the first slash token, and with the others.
+
+        Not the nonce itself: people can read it in the state, and make a post with it first.
+        """
+        return self.seal.signatures(purpose, dialog.asked.nonce)
+
+    def earlier(self, dialog, nonces):
+        """Return the post that an earlier try of the same dialog may have made, or None."""
+        if not dialog.look_since:
+            return None
+        posts, since = [], dialog.look_since - self.clocks_differ
+        try:
+            posts = self.mattermost.get_channel_posts(dialog.channel_id, since * 1000)
+        except NotAllowed as error:  # a bot that may post everywhere may not read
+            if dialog.ticket_id:  # and one has been sent
+                raise Sorry(NOT_KNOWN, log=error) from error
+        me = self.mattermost.get_me()["id"]
+        by_bot = [post for post in posts if isinstance(post, dict)
+                  and post.get("user_id") == me and not post.get("delete_at")]
+        for post in by_bot:
+            if is_ticket(post, nonces):
+                # reply_count is 0 in such a list.
+                dialog.has_reply = any(reply.get("root_id") == post["id"] for reply in by_bot)
+                return post
+        if len(posts) >= POSTS:  # there may be more, and the ticket among them
+            raise Sorry(NOT_KNOWN)
+        return None
+
+    def post_changes(self, dialog, answers, names):
+        """Post answers that are not in the ticket in its thread.
+
+        That is so if an earlier attempt made the ticket, its answer was lost, and the form was
+        changed before it was submitted again.
+        """
+        posted, changed = fingerprint(answers), CHANGED.format(user_name=dialog.asked.user_name)
+        message = f"{changed}\n{self.form.markdown(answers, names)}".rstrip("\n")
+        self.channels.reply(dialog.channel_id, dialog.post_id, message,
+                            self.nonces(f"changed {posted}", dialog)[0])
+        dialog.posted = posted
+
+    def why_not_filed(self, error, dialog):
+        """Return the sentence for somebody whose ticket Mattermost did not take."""
+        if dialog.post_id:
+            return sentence_for(error, NOT_REACHED, NOT_ADDED.format(ticket_id=dialog.ticket_id))
+        if error.meaning == "archived":
+            return CANT_POST["archived"][self.channels.key("submission")]
+        if error.meaning == "too long" or error.status == 413:
+            return TOO_LONG_THERE
+        return sentence_for(error, NOT_REACHED,
+                            REJECTED.format(reason=error.words) if error.words else NOT_ACCEPTED)
+
+    def begin_thread(self, dialog):
+        """Reply to a ticket: from then on, its reporter follows the thread."""
+        if dialog.has_reply:
+            return
+        try:
+            self.channels.reply(dialog.channel_id, dialog.post_id, REPLY,
+                                self.nonces("reply", dialog)[0])
+        except (Sorry, MattermostError) as error:
+            log.warning("ticket=%s has no reply: %s", dialog.ticket_id, error)
+
+    def close(self):
+        """Let the clock pass the last ticket ID, so that the next start can't give it again."""
+        ahead = self.ids.ahead()
+        if ahead > self.wait_at_stop:
+            log.warning("start again in %d s at the earliest: until then, ticket IDs could repeat",
+                        math.ceil(ahead))
+        time.sleep(min(ahead, self.wait_at_stop))
+
+
 class Directory:
     """What people and channels are called, and who is in a channel."""
 
@@ -2229,9 +2361,6 @@ class Directory:
 class Desk:
     """What happens to a ticket, in order: from the command to the dialog, and from there on."""
 
-    clocks_differ = 300  # seconds, Mattermost's and ours, at most
-    wait_at_stop = 10  # seconds
-
     def __init__(self, settings):
         self.settings, self.form = settings, settings.form
         self.mattermost = Mattermost(settings)
@@ -2239,8 +2368,9 @@ class Desk:
         self.seal = Seal(settings.slash_tokens)
         self.presses = Presses(self.mattermost, self.seal, self.channels,
                                settings.callback_url + "/ticket/action")
+        self.tickets = Tickets(
+            self.mattermost, self.channels, self.seal, self.presses, self.form)
         self.directory = Directory(self.mattermost)
-        self.ids = TicketIds()
         self.dialogs = Recent()
         self.logged = set()
 
@@ -2290,17 +2420,14 @@ class Desk:
             asked.nonce, Dialog(asked, channel_id, look_since=asked.time))
         with dialog.lock:
             try:
-                if not dialog.post_id:
-                    self.file_ticket(dialog, answers, names)
-                if dialog.posted != fingerprint(answers):
-                    self.post_changes(dialog, answers, names)
+                self.tickets.file(dialog, answers, names)
             except MattermostError as error:
-                raise Sorry(self.why_not_filed(error, dialog), log=error) from error
+                raise Sorry(self.tickets.why_not_filed(error, dialog), log=error) from error
             first, dialog.confirmed = not dialog.confirmed, True
         yield {}
         if first:
             self.confirm(dialog, names)
-            self.begin_thread(dialog)
+            self.tickets.begin_thread(dialog)
 
     def read_answers(self, submission, channel_id):
         """Return the answers in a submission, a Name for each ID in them, and what is wrong."""
@@ -2314,103 +2441,6 @@ class Desk:
         except MattermostError as error:
             raise Sorry(sentence_for(error, NOT_REACHED, NOT_ACCEPTED), log=error) from error
         return answers, names, errors
-
-    def file_ticket(self, dialog, answers, names):
-        """Post a ticket, or find the one that an earlier try made."""
-        nonces = self.nonces("ticket", dialog)
-        made = self.mattermost.patiently(lambda: self.earlier_ticket(dialog, nonces)
-                                         or self.new_ticket(dialog, answers, names, nonces))
-        dialog.ticket_id, dialog.post_id = made["props"]["ticket_id"], made["id"]
-        dialog.posted = fingerprint(made["props"]["ticket"].get("answers"))
-        dialog.has_reply = dialog.has_reply or bool(made.get("reply_count"))
-        log.info("ticket=%s user=%s channel=%s post=%s", dialog.ticket_id, dialog.asked.user_name,
-                 dialog.channel_id, dialog.post_id)
-
-    def new_ticket(self, dialog, answers, names, nonces):
-        """Return a ticket's post as Mattermost has made it."""
-        dialog.ticket_id = dialog.ticket_id or self.ids.next()
-        post, now = self.ticket_post(dialog, answers, names, nonces[0]), int(time.time())
-        try:
-            made = self.channels.create_post(post, dialog.team_id)
-            if not is_ticket(made, nonces):
-                raise self.mattermost.odd_answer()
-        except MattermostError as error:
-            if error.may_have_worked:
-                dialog.look_since = dialog.look_since or now
-            raise
-        return made
-
-    def ticket_post(self, dialog, answers, names, nonce):
-        """Return the post of a ticket, as Mattermost gets it."""
-        asked, ticket_id = dialog.asked, dialog.ticket_id
-        message = ticket_message(
-            ticket_id, asked.user_name, self.form.markdown(answers, names), self.form.mention,
-            asked.root_id and self.mattermost.link(asked.root_id))
-        # Room for each status it may get, and for the longest user name.
-        longest = max(len(with_status(message, status, "x" * 64)) for status in STATUSES)
-        if (excess := longest - MESSAGE_LIMIT) > 0:
-            raise Sorry(TICKET_TOO_LONG.format(excess=excess))
-        now = milliseconds()
-        ticket = {"user_id": asked.user_id, "user_name": asked.user_name, "answers": answers,
-                  "names": {one: name.name for one, name in names.items()},
-                  "created_at": now, "nonce": nonce,
-                  **Change(NEW, asked.user_name, now)._asdict()}
-        return new_post(dialog.channel_id, message, nonce, is_ticket=True, ticket_id=ticket_id,
-                        ticket=ticket, attachments=self.presses.buttons(ticket_id, ticket))
-
-    def nonces(self, purpose, dialog):
-        """Return what may name a post of a dialog: with the first slash token, and with the others.
-
-        Not the nonce itself: people can read it in the state, and make a post with it first.
-        """
-        return self.seal.signatures(purpose, dialog.asked.nonce)
-
-    def earlier_ticket(self, dialog, nonces):
-        """Return the post that an earlier try of the same dialog may have made, or None."""
-        if not dialog.look_since:
-            return None
-        posts, since = [], dialog.look_since - self.clocks_differ
-        try:
-            posts = self.mattermost.get_channel_posts(dialog.channel_id, since * 1000)
-        except NotAllowed as error:  # a bot that may post everywhere may not read
-            if dialog.ticket_id:  # and one has been sent
-                raise Sorry(NOT_KNOWN, log=error) from error
-        me = self.mattermost.get_me()["id"]
-        by_bot = [post for post in posts if isinstance(post, dict)
-                  and post.get("user_id") == me and not post.get("delete_at")]
-        for post in by_bot:
-            if is_ticket(post, nonces):
-                # reply_count is 0 in such a list.
-                dialog.has_reply = any(reply.get("root_id") == post["id"] for reply in by_bot)
-                return post
-        if len(posts) >= POSTS:  # there may be more, and the ticket among them
-            raise Sorry(NOT_KNOWN)
-        return None
-
-    def post_changes(self, dialog, answers, names):
-        """Post answers that are not in the ticket in its thread.
-
-        That is so if an earlier attempt made the ticket, its answer was lost, and the form was
-        changed before it was submitted again.
-        """
-        posted, changed = fingerprint(answers), CHANGED.format(user_name=dialog.asked.user_name)
-        message = f"{changed}\n{self.form.markdown(answers, names)}".rstrip("\n")
-        self.channels.reply(dialog.channel_id, dialog.post_id, message,
-                            self.nonces(f"changed {posted}", dialog)[0])
-        dialog.posted = posted
-
-    def why_not_filed(self, error, dialog):
-        """Return the sentence for somebody whose ticket Mattermost did not take."""
-        if dialog.post_id:
-            return sentence_for(error, NOT_REACHED, NOT_ADDED.format(ticket_id=dialog.ticket_id))
-        if error.meaning == "archived":
-            return CANT_POST["archived"][self.channels.key("submission")]
-        if error.meaning == "too long" or error.status == 413:
-            return TOO_LONG_THERE
-        return sentence_for(error, NOT_REACHED,
-                            REJECTED.format(reason=error.words) if error.words else NOT_ACCEPTED)
-
-    # After the answer: the ticket exists, and what fails now can only be logged
 
     def confirm(self, dialog, names):
         """Tell the reporter, and nobody else, that there is a ticket, and who will not see it."""
@@ -2443,23 +2473,9 @@ class Desk:
         if others := [people[one] for one in outside if one not in reporter]:
             yield THEY_ARE_OUTSIDE.format(people=", ".join(others))
 
-    def begin_thread(self, dialog):
-        """Reply to a ticket: from then on, its reporter follows the thread."""
-        if dialog.has_reply:
-            return
-        try:
-            self.channels.reply(dialog.channel_id, dialog.post_id, REPLY,
-                                self.nonces("reply", dialog)[0])
-        except (Sorry, MattermostError) as error:
-            log.warning("ticket=%s has no reply: %s", dialog.ticket_id, error)
-
     def close(self):
-        """Let the clock pass the last ticket ID, so that the next start can't give it again."""
-        ahead = self.ids.ahead()
-        if ahead > self.wait_at_stop:
-            log.warning("start again in %d s at the earliest: until then, ticket IDs could repeat",
-                        math.ceil(ahead))
-        time.sleep(min(ahead, self.wait_at_stop))
+        """End what is done for tickets."""
+        self.tickets.close()
         self.mattermost.connections.close()
 
 
@@ -2727,7 +2743,26 @@ class Arrivals(dict):
             request.watched = False
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Listener(http.server.ThreadingHTTPServer):
+    """Listens on an address, or on all of IPv4 and IPv6."""
+
+    request_queue_size = 1024
+
+    def __init__(self, address, port, handler):
+        both = socket.has_dualstack_ipv6() and not address
+        self.address_family = socket.AF_INET6 if both or ":" in address else socket.AF_INET
+        super().__init__((address, port), handler)
+
+    def server_bind(self):
+        """Bind without HTTPServer's look-up of a name: that can take 10 s."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)
+        self.server_port = self.server_address[1]
+        self.socket.setblocking(False)  # so accept() never waits
+
+
+class Server(Listener):
     """ThreadingHTTPServer, with a thread only for a request that is all here, and with one clock.
 
     One loop, serve_forever(), owns every connection until its request is whole. It takes what has
@@ -2741,7 +2776,6 @@ class Server(http.server.ThreadingHTTPServer):
     does can end the loop.
     """
 
-    request_queue_size = 1024
     arrive_within = 10  # seconds in which a request has to arrive
     answer_within = 24  # seconds, those included, to its answer: Mattermost gives up after 30
     look_every = 0.05  # seconds, for what is due
@@ -2752,8 +2786,6 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, desk, address, port, files=1024, threads=512):
         """Listen; `files` is how many may be open, `threads` how many requests are worked on."""
-        both = socket.has_dualstack_ipv6() and not address
-        self.address_family = socket.AF_INET6 if both or ":" in address else socket.AF_INET
         self.desk = desk
         self.most_requests, self.most_threads = min(4096, files // 3), min(threads, files // 4)
         self.threads = ThreadPoolExecutor(self.most_threads)  # each may call Mattermost
@@ -2763,15 +2795,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.waiting = {}  # of these, the ones for which no thread was free: keys, the oldest first
         self.next_look = 0.0
         self.stopping, self.stopped = threading.Event(), threading.Event()
-        super().__init__((address, port), Handler)
-
-    def server_bind(self):
-        """Bind to IPv4 and IPv6, without HTTPServer's look-up of a name: that can take 10 s."""
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        socketserver.TCPServer.server_bind(self)
-        self.server_port = self.server_address[1]
-        self.socket.setblocking(False)  # so accept() never waits
+        super().__init__(address, port, Handler)
 
     def serve_forever(self, poll_interval=0.1):
         """Serve until shutdown(): the stock loop looks at the listening socket only."""
@@ -2811,17 +2835,15 @@ class Server(http.server.ThreadingHTTPServer):
             self.look(time.monotonic())
 
     def look(self, now):
-        """End what has taken too long, or takes too much memory, and answer what is due."""
+        """End what has taken too long, or takes too much memory."""
         self.next_look = now + self.look_every
-        for request in [one for one in self.arrivals if one.due < now]:
-            self.hang_up(request)
-        unanswered = list(self.unanswered)  # in one step: threads take them out
-        excess = sum(len(one.received) for one in (*self.arrivals, *unanswered)) - BYTES_LIMIT
+        requests = [*self.arrivals, *list(self.unanswered)]  # in one step: threads take them out
+        excess = sum(len(one.received) for one in requests) - BYTES_LIMIT
         while excess > 0 and (oldest := self.oldest(lambda one: one.received)):
             excess -= len(oldest.received)
-            self.give_way(oldest)
-        for request in [one for one in unanswered if one.due < now]:
-            self.answer_late(request)
+            self.give_up(oldest)
+        for request in [one for one in requests if one.due < now]:
+            self.give_up(request)
             if time.monotonic() > self.next_look:  # the rest at the next look: others wait, too
                 break
 
@@ -2836,7 +2858,7 @@ class Server(http.server.ThreadingHTTPServer):
             if not oldest or now - oldest.accepted < self.grace:
                 time.sleep(0.01)  # seconds; who waits to be accepted is kept by the kernel
                 return True
-            self.give_way(oldest)
+            self.give_up(oldest)
         try:
             connection, (address, *_) = self.get_request()
         except OSError as error:
@@ -2896,11 +2918,6 @@ class Server(http.server.ThreadingHTTPServer):
         finally:
             self.free_threads.release()
 
-    def answer_late(self, request):
-        """Answer a request for which its thread takes too long, or which has got none."""
-        self.waiting.pop(request, None)
-        self.answer_with(LateHandler, request)
-
     def answer_with(self, handler, request):
         """Let a handler answer a request; after a bug, end the connection without an answer."""
         try:
@@ -2915,12 +2932,13 @@ class Server(http.server.ThreadingHTTPServer):
         firsts = (next(filter(counts, table), None) for table in (self.arrivals, self.waiting))
         return min(filter(None, firsts), key=lambda one: one.accepted, default=None)
 
-    def give_way(self, request):
-        """End a request before its time; a person is told."""
-        if request in self.waiting:
-            self.answer_late(request)
-        else:
+    def give_up(self, request):
+        """End a request before it is done; a person is told."""
+        if request in self.arrivals:
             self.hang_up(request)
+        else:
+            self.waiting.pop(request, None)
+            self.answer_with(LateHandler, request)
 
     def hang_up(self, request):
         """End a connection without an answer."""
