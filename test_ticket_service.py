@@ -4058,6 +4058,25 @@ class FilesTest(unittest.TestCase):
         for name in ticket_service.SETTINGS:
             self.assertIn(f"\n| `{name}` |", self.readme)
 
+    def test_the_form_of_the_readme_opens_and_has_one_of_each_type(self):
+        [text] = re.findall(r'(?m)^    (\{"title".*(?:\n     .*)*)', self.readme)
+        form = ticket_service.Form(json.loads(text), "README")
+        self.assertEqual(form.notes, [])
+        self.assertEqual({type(element) for element in form.elements}, {
+            *ticket_service.TYPES.values(), *ticket_service.DATA_SOURCES.values()})
+        names = {one: ticket_service.Name("x", "@x", True) for one in (BOB, QUIET)}
+        answers, errors = form.answers_in(answers_to(json.loads(text)))
+        self.assertEqual(errors, {})
+        self.assertEqual(form.markdown(answers, names).count("**"), 2 * len(form.elements))
+
+    def test_the_readme_sets_what_the_program_knows(self):
+        known = {*ticket_service.SETTINGS, "NO_PROXY",
+                 *(f"{name}_FILE" for name in ticket_service.SETTINGS)}
+        named = re.findall(r"(?:-e |Environment=|export |name: |^ {10})([A-Z_]{4,})(?:[=,]|: )",
+                           self.readme, re.MULTILINE)
+        self.assertLessEqual(set(named), known)
+        self.assertGreater(len(named), 12)
+
     def test_the_readme_runs_what_exists(self):
         scripts = re.findall(r"python3 (\w+\.py)", self.readme)
         self.assertEqual(set(scripts), {"ticket_service.py", "test_ticket_service.py"})
