@@ -1295,7 +1295,7 @@ class CommandTest(Case):
         self.start_service(MATTERMOST_URL=f"http://mattermost.test:{self.mattermost.server_port}")
 
     def test_a_name_server_that_says_nothing_is_not_waited_for(self):
-        gate, self.service.follow_up_within = self.gate(), 0.1
+        gate = self.gate()
         self.look_up(lambda *_: gate.wait(30))
         self.limit(answer_within=0.1)
         self.assert_given_back(self.mattermost.run_command(TYPED), ticket_service.FORM_NOT_OPENED)
@@ -1314,7 +1314,7 @@ class CommandTest(Case):
         self.look_up(lambda host, port, *_, **__: [
             (socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, port))
             for address in ("127.0.0.2", "127.0.0.1")])
-        self.limit(timeout=0.5)
+        self.limit(timeout=0.3)
         for number in (1, 2):
             self.assertEqual(self.mattermost.run_command(), "")
             self.assertEqual(len(self.mattermost.dialogs), number)
@@ -1515,18 +1515,18 @@ class SubmissionTest(Case):
                 self.replies(len(self.mattermost.roots()))
 
     def test_a_ticket_that_a_hardened_mattermost_is_still_making_is_waited_for(self):
-        gate, answers = self.gate(), []
+        gate = self.gate()
 
         def opens_the_gate(handler, _):
             handler.reply(500, {"id": "", "message": "Internal Server Error"})
             gate.set()
 
         self.mattermost.run_command()
-        self.limit(timeout=0.5)
+        self.limit(timeout=0.3)
         self.mattermost.script("POST /posts", waits(gate), opens_the_gate)
         self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
         self.replies()
-        self.assertEqual((len(self.mattermost.roots()), answers), (1, []))
+        self.assertEqual(len(self.mattermost.roots()), 1)
 
     def test_a_mattermost_that_comes_back_in_time_gets_the_ticket_at_the_first_press(self):
         pending = "api.post.deduplicate_create_post.pending"
@@ -2071,6 +2071,7 @@ class ButtonTest(Case):
                 (f"**Status:** #typed\nedited\n{OPEN.line} by hand\nbelow",
                  f"**Status:** #typed\nedited\n{line}\nbelow"),
                 ("all is gone", f"all is gone\n{line}"),
+                (f"but\nsee {OPEN.tag}.log", f"but\n{line}\nsee {OPEN.tag}.log"),
                 *[(f"first\n{by_hand}\nlast", f"first\n{line}\nlast") for by_hand in (
                     f"> {OPEN.line}", f"Status: {OPEN.tag}", f"- **{OPEN.tag.title()}** (again)")],
                 ("first\n\\1 is typed", f"first\n{line}\n\\1 is typed")):
@@ -2600,7 +2601,7 @@ class EdgeTest(WireCase):
             target=lambda: answers.append(self.mattermost.submit_dialog(answers_to())))
         submitting.start()
         self.eventually(lambda: self.mattermost.made("POST /posts"), "the post")
-        self.service.stop_within = 1
+        self.service.stop_within = 0.4
         stopping = threading.Thread(target=self.service.shutdown)
         stopping.start()
         with self.assertRaises(ConnectionError):  # as soon as nobody listens any more
@@ -2747,7 +2748,7 @@ class ClockTest(WireCase):
 
     def test_who_was_told_that_nothing_was_changed_is_told_the_truth(self):
         chance, told = random.Random(3), collections.Counter()
-        for number in range(40):
+        for number in range(24):
             self.limit(answer_within=chance.uniform(0, 0.02))
             self.mattermost.script("GET /posts/", slow(0.01))
             before = self.root["props"]["ticket"]["status_at"]
@@ -2760,7 +2761,7 @@ class ClockTest(WireCase):
                 self.assertEqual(self.press((ALICE, BOB)[number % 2]), "")
         self.assertEqual(len(told), 2, told)
         self.service.shutdown()
-        self.assertEqual(len(self.mattermost.replies()), 41)
+        self.assertEqual(len(self.mattermost.replies()), 25)
 
     def test_a_late_answer_does_not_wait_for_a_client_that_does_not_read(self):
         gate = self.gate()
@@ -2791,6 +2792,15 @@ class ClockTest(WireCase):
         asking.join()
         self.assertEqual(seen, [self.late])
         self.assertFalse(gate.is_set())
+
+    def test_why_an_answer_was_late_is_logged_when_it_is_known(self):
+        gate = self.gate()
+        self.mattermost.keeps = False
+        self.mattermost.script("POST /actions/", waits(gate))
+        self.limit(answer_within=0.1, timeout=0.5)
+        self.assertEqual(self.mattermost.run_command(TYPED), self.late["/ticket"])
+        self.assert_logged("WARNING 127.0.0.1 POST '/ticket' 200 there was no answer within 0.1 s")
+        self.assert_logged("WARNING POST /ticket, after a late answer: no answer of .*timed out")
 
 
 class KeptConnectionTest(Case):
@@ -2952,7 +2962,7 @@ BAD_ELEMENTS: tuple = (
     ([element(max_length=9.5)], "max_length must be a whole number"),
     ([element(min_length=True)], "min_length must be a whole number"),
     ([element(min_length=9, max_length=8)], "min_length must not be more than max"),
-    ([element(min_length=-1)], "min_length must be a number from 0"),
+    ([element(min_length=-1)], "min_length must be from 1 to"),
     ([element(min_length=151)], "min_length"), ([element(min_length=2**31)], "min_length"),
     ([element(subtype="password")], "subtype must be one of text, email"),
     ([element(subtype="number", default="x")], "default 'x': "),
@@ -3392,7 +3402,7 @@ class ChoiceTest(FormCase):
         for answers, errors in (
                 ({"who": "x" * 26}, {"who": person}), ({"who": HELPDESK}, {"who": person}),
                 ({"who": "../users/me"}, {"who": ticket_service.NOT_AN_OPTION}),
-                ({"who": [BOB]}, {"who": ticket_service.NOT_TEXT}),
+                ({"who": [BOB]}, {"who": ticket_service.NOT_AN_OPTION}),
                 ({"who": BOB, "where": SECRET}, {"where": channel}),
                 ({"who": BOB, "where": DIRECT}, {"where": channel}),
                 ({"who": BOB, "where": "y" * 26}, {"where": channel}),
@@ -3466,7 +3476,7 @@ class ChoiceTest(FormCase):
                 ("2", "`Two` @b", ["2"]), ("1,2", "`One`, `Two` @a @b", ["1", "2"]),
                 ("a,b", "`A, B` @a", ["a,b"]), ("1, a,b", "`One`, `A, B` @a", ["1", "a,b"]),
                 (["a,b", "a"], "`A, B`, `A` @a", ["a,b", "a"]), ("a,a", "`A`", ["a"]),
-                ("b, c,a", "`C`, `A`", ["b, c", "a"])):
+                ("b, c,a", "`C`, `A`", ["b, c", "a"]), ("1,,2,", "`One`, `Two` @a @b", ["1", "2"])):
             with self.subTest(value):
                 self.assert_answered(form, {"x": value}, f"**X:** {shown}", {"x": kept})
         self.mattermost.run_command()
@@ -3475,7 +3485,7 @@ class ChoiceTest(FormCase):
                 ([""], ticket_service.REQUIRED), (["1", "3"], ticket_service.NOT_AN_OPTION),
                 ("1,3", ticket_service.NOT_AN_OPTION), ("3", ticket_service.NOT_AN_OPTION),
                 ([["1"]], ticket_service.NOT_AN_OPTION), ({}, ticket_service.NOT_TEXT),
-                ("1," * 100_000, ticket_service.NOT_AN_OPTION)):
+                ("1,x" * 100_000, ticket_service.NOT_AN_OPTION)):
             with self.subTest(str(value)[:20]):
                 self.assertEqual(self.mattermost.submit_dialog({"x": value}),
                                  {"errors": {"x": sentence}})
@@ -3573,7 +3583,7 @@ class ChoiceTest(FormCase):
                 self.assertEqual(len(found), len(expected), found)
                 for line, one in zip(found, expected):
                     self.assertRegex(line, one)
-        for note in ("state is for the service", "notify_on_cancel is for the service to set",
+        for note in ("state is dropped: it is for the service", "notify_on_cancel is dropped",
                      "title has 25 characters: .* logs more than 24",
                      "element x: default: Mattermost", "element long: help_text has 151 char"):
             self.assertTrue(any(re.match(f"note +FORM_FILE: {note}", line) for line in lines), note)
@@ -3801,11 +3811,18 @@ class ProcessTest(Case):
 
     @classmethod
     def setUpClass(cls):
-        """Start what takes long, for test_while_mattermost_is_down_it_runs_all_the_same()."""
+        """Start what takes long, for two tests."""
         nowhere = "http://127.0.0.1:9"
-        cls.alone = start_python(cls.addClassCleanup, *cls.command, env={
-            "MATTERMOST_URL": nowhere, "BOT_TOKEN": BOT_TOKEN, "SLASH_TOKEN": SLASH_TOKEN,
-            "CALLBACK_URL": nowhere, "PORT": "0"})
+        environment = {"MATTERMOST_URL": nowhere, "BOT_TOKEN": BOT_TOKEN, "PORT": "0",
+                       "SLASH_TOKEN": SLASH_TOKEN, "CALLBACK_URL": nowhere}
+        cls.alone = start_python(cls.addClassCleanup, *cls.command, env=environment)
+        cls.lost = start_python(  # whose name server says nothing
+            cls.addClassCleanup, "-W", "error", "-c",
+            "import os, socket, time, ticket_service\n"
+            "socket.getaddrinfo = lambda *_, **__: time.sleep(600)\n"
+            "ticket_service.Server.answer_within = ticket_service.Server.follow_up_within = 0.1\n"
+            "ticket_service.end(ticket_service.main([], os.environ))",
+            env={**environment, "MATTERMOST_URL": "http://mattermost.test"})
 
     def run_service(self, *arguments, **environment):
         """Return exit status, output and errors of a service that ends by itself."""
@@ -3979,18 +3996,11 @@ class ProcessTest(Case):
         self.assertEqual(len(self.mattermost.ephemeral), 1)
 
     def test_sigterm_ends_the_process_though_a_thread_waits_for_a_name_server(self):
-        process = start_python(
-            self.addCleanup, "-W", "error", "-c",
-            "import os, socket, time, ticket_service\n"
-            "socket.getaddrinfo = lambda *_, **__: time.sleep(600)\n"
-            "ticket_service.Server.answer_within = ticket_service.Server.follow_up_within = 0.1\n"
-            "ticket_service.end(ticket_service.main([], os.environ))",
-            env=self.settings(MATTERMOST_URL="http://mattermost.test"))
-        port = re.search(r"listening on port (\d+)", process.stderr.readline())[1]
+        port = re.search(r"listening on port (\d+)", self.lost.stderr.readline())[1]
         self.mattermost.service = ("127.0.0.1", int(port))
         self.assertIn(ticket_service.FORM_NOT_OPENED, self.mattermost.run_command(TYPED))
-        process.send_signal(signal.SIGTERM)
-        self.assertEqual(process.wait(8), 0)
+        self.lost.send_signal(signal.SIGTERM)
+        self.assertEqual(self.lost.wait(8), 0)
 
     def test_no_id_is_given_again_after_a_restart(self):
         self.service.desk.tickets.wait_at_stop = 1
@@ -4021,14 +4031,17 @@ class FilesTest(unittest.TestCase):
         ast.parse(source, feature_version=(3, 8))
         first_imports = re.findall(r"(?m)^(?:import|from) .*", source.partition("sys.exit(2)")[0])
         self.assertEqual(first_imports, ["import sys"])
-        for minor in (8, 9, 10):
-            for python in (shutil.which(f"python3.{minor}"),
-                           *Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python")):
-                if not python or subprocess.run([python, "-c", ""], capture_output=True).returncode:
-                    continue  # what pyenv puts into the path may lead nowhere
-                ended = subprocess.run([python, self.program], capture_output=True, text=True)
-                self.assertEqual((ended.returncode, ended.stdout), (2, ""))
-                self.assertRegex(ended.stderr, rf"^Python 3\.11 .*this is 3\.{minor}\.\d+\n$")
+        pythons = [python for minor in (8, 9, 10)
+                   for python in (shutil.which(f"python3.{minor}"),
+                                  *Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python"))
+                   if python]
+        started = [subprocess.Popen([python, self.program], stdout=subprocess.PIPE,
+                                    stderr=subprocess.PIPE, text=True) for python in pythons]
+        for process in started:
+            output, errors = process.communicate(timeout=20)
+            if process.returncode != 127:  # what pyenv puts into the path may lead nowhere
+                self.assertEqual((process.returncode, output), (2, ""))
+                self.assertRegex(errors, r"^Python 3\.11 .*this is 3\.(8|9|10)\.\d+\n$")
 
     def test_the_unit_sets_what_the_program_needs_and_knows(self):
         names = re.findall(r"(?m)^#?Environment=(\w+)=", self.unit)
@@ -4615,7 +4628,7 @@ class DemoTest(Case):
                          ["good morning"])
 
     def test_each_failure_keeps_the_dialog_open_and_ends_with_its_switch(self):
-        self.limit(patience=0, timeout=0.5)
+        self.limit(patience=0, timeout=0.3)
         self.mattermost.keeps = False
         for failure in FAILURES:
             with self.subTest(failure):

@@ -66,9 +66,10 @@ log = logging.getLogger("ticket")
 # Mattermost's own dialog object, as it goes over the wire:
 # https://developers.mattermost.com/integrate/plugins/interactive-dialogs/
 # One entry is the field in the dialog, the rule its answer is checked by, and the line in the
-# ticket. Keys of ours are "mention": "@team-or-user", which goes from an option into the tickets
-# that chose it, and from the form itself into every ticket, and "code": True, which shows what is
-# typed in a textarea in a code block.
+# ticket. Keys of ours, which Mattermost does not get:
+# - "mention": "@team-or-user" in an option is written into the tickets for which it was chosen;
+# - "mention" in the form itself is written into every ticket;
+# - "code": True in a textarea shows what is typed there in a code block.
 FORM = {
     "title": "New ticket",
     "submit_label": "Create ticket",
@@ -109,7 +110,7 @@ class Status(NamedTuple):
 
     tag: str  # what people search for
     line: str  # of the ticket; holds the tag
-    leads_to: tuple  # keys of STATUSES, each by a button; to itself only for somebody else
+    leads_to: tuple  # keys of STATUSES, each by a button; if to itself, only for somebody else
     color: str  # of the bar beside these buttons
     button: str  # that leads here
     reply: str  # in the thread, when it has led here; a mention makes somebody follow it
@@ -144,6 +145,7 @@ STATUSES = {  # the first is that of a new ticket
 }
 NEW = next(iter(STATUSES))
 
+# In a ticket, its thread, and its confirmation.
 YES, NO = "yes", "no"
 FOR = "**For:** {mention}"
 THREAD = "**Thread:** [where it was asked]({link})"
@@ -152,12 +154,12 @@ CHANGED = "{user_name} submitted the form again, with other answers:"
 CONFIRMATION = "Your ticket has been created: [{ticket_id}]({link})"
 YOU_ARE_OUTSIDE = ("You are not in the ticket's channel, so you will not be told of replies: join "
                    "it, or ask to be let in.")
-THEY_ARE_OUTSIDE = ("Not in the ticket's channel, so not told of it: {people}. They have to join "
-                    "it, or ask to be let in.")
+THEY_ARE_OUTSIDE = ("Not in the ticket's channel, so they will not be told of it: {people}. They "
+                    "have to join it, or ask to be let in.")
 
-# Where the bot can't post: what is said instead of the form, above the buttons of a form that was
-# submitted, where all tickets go to one channel, and to the admin by --check. Mattermost shows our
-# answers under the person's own name, so none of these says "I".
+# Where the bot can't post: what is said after a "command" instead of the form, after a "submission"
+# above the form's buttons, in both places if there is a "ticket channel", and to the "admin" by
+# --check and in the log. Mattermost shows our answers under the person's own name: so no "I".
 CANT_POST = {
     "not a member": {
         "command": "@{bot} can't post in this channel yet: type `/invite @{bot}`, then `/ticket` "
@@ -203,11 +205,12 @@ CANT_POST = {
         "submission": "@{bot} may not post in the channel: its admin has to let members, or "
                       "@{bot}, post. Then submit again.",
         "ticket channel": "@{bot} may not post in the ticket channel. Please tell your admin.",
-        "admin": "@{bot} is a member, but may not post: let members, or it, create posts there",
+        "admin": "@{bot} is a member, but may not post: let members, or @{bot}, create posts",
     },
 }
 
-# After `/ticket`, instead of the form; the last two also beside it.
+# After `/ticket`, instead of the form; the last two also after a form that has opened, but had no
+# room for all of the text.
 FORM_LATE = "The form came too late for Mattermost. Please type `/ticket` again."
 FORM_NOT_OPENED = "Mattermost did not open the form. Please type `/ticket` again in a moment."
 FORM_REFUSED = "Mattermost refused to open the form. Please tell your Mattermost admin."
@@ -267,21 +270,24 @@ UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud80
                     "\xad\u200b\u2060\u3164\ufeff]")
 
 JOINER = "\u2060"  # invisible; Mattermost sees no mention, image or hashtag where it stands
-TAG_NAMES = "|".join(status.tag[1:] for status in STATUSES.values())
-STATUS_TAG = re.compile(rf"#(?=(?:{TAG_NAMES})(?![-_.]*[a-z0-9]))", re.IGNORECASE)
+# The tags of STATUSES, but no longer hashtag that begins like one, such as #ticket-open-2.
+TAG_NAMES = "|".join(re.escape(status.tag[1:]) for status in STATUSES.values())
+TAG_NAME = f"(?:{TAG_NAMES})(?![-_.]*[a-z0-9])"
+STATUS_TAG = re.compile(f"#(?={TAG_NAME})", re.IGNORECASE)
 
-# The @ of @all, as Mattermost splits words: x@all is none, but w@all and @allw are, in [w@all](u).
-# Later letters may be none to its version of Unicode.
-CHANNEL_MENTION = (r"(?<![^\W_wW\u0250-\U0010ffff])@"
-                   r"(?=(?i:all|channel|here)(?![^\W_wW\u0250-\U0010ffff]))")
+# A letter or digit: x@all is no mention. But in [w@all](u) and [@allw](u) there is one for
+# Mattermost, and letters that came later may be none to its version of Unicode.
+LETTER = r"[^\W_wW\u0250-\U0010ffff]"
+CHANNEL_MENTION = f"(?<!{LETTER})@(?=(?i:all|channel|here)(?!{LETTER}))"
 # &#64;all is an @all for Mattermost, and so is @&#97;ll.
 REFERENCE = r"&(?=(?i:#x?[0-9a-f]{1,8}|commat);)"
 PING = re.compile(f"{CHANNEL_MENTION}|{REFERENCE}")
 # ![x](url); !\[x](url) is one as well, where it is in the text of a link.
 IMAGE = re.compile(r"!(?=\\*\[)")
-# [x]: url, also behind >, - or - [ ], and over lines. A \] ends a label for some, for some not.
-LABEL = re.compile(r"^(?:[ \t\xa0>*+\-\d.)]|\[[ xX]\](?=\s))*\[(?:[^\]\\]|\\.)*+(?:\]:)?",
-                   re.MULTILINE | re.DOTALL)
+# What may be a definition, [x]: url, also behind >, - or - [ ]: from its bracket, over several
+# lines, up to a ] that ends it for all. A \] does for some only: so there may be more than one ]: .
+DEFINITION = re.compile(r"^(?:[ \t\xa0>*+\-\d.)]|\[[ xX]\](?=\s))*\[(?:[^\]\\]|\\.)*+(?:\]:)?",
+                        re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"([ \t]*)(`{3,}+(?=[^`]*$)|~{3,})(.*)")  # a line: blanks, marks, what follows
 LANGUAGE = re.compile(r"[\w.+#-]*")
 
@@ -334,6 +340,7 @@ def quotes_and_code(text):
     programs that read Markdown differ on all else. So a text is cut at its fences. Prose becomes a
     quote, which they all end at the empty line behind it, and what was between two fences is put
     between fences of ours, longer than any in it, which they all see at the beginning of a line.
+    (Status tags are broken afterwards, in code too: Mattermost counts hashtags there.)
     """
     markdown, prose, lines = "", "", iter(text.split("\n"))
     for line in lines:
@@ -341,6 +348,7 @@ def quotes_and_code(text):
         if not fence:
             prose += line + "\n"
             continue
+        # This takes the line that ends the code, too, and drops it.
         code = itertools.takewhile(lambda line: not ends_code(line, fence), lines)
         markdown += quote(prose) + typed_code(fence, list(code))
         prose = ""
@@ -348,17 +356,19 @@ def quotes_and_code(text):
 
 
 def ends_code(line, fence):
-    """Return whether a line ends what a fence begins: as many marks or more, and nothing else."""
+    """Return whether a line ends what a fence begins: with as many marks or more, nothing else,
+    and at most 3 blanks more in front, as Markdown has it.
+    """
     end = FENCE.fullmatch(line)
     return (end and end[2].startswith(fence[2]) and not end[3].strip()
             and len(end[1].expandtabs()) <= len(fence[1].expandtabs()) + 3)
 
 
 def typed_code(fence, lines):
-    """Return the lines that stood behind a fence, in a code block, and an empty line."""
+    """Return the lines that stood between two fences, in a code block, and an empty line."""
     blanks, language = re.compile(f"[ \t]{{0,{len(fence[1])}}}"), fence[3].strip()
     lines = [blanks.sub("", line, count=1) for line in lines]
-    if not LANGUAGE.fullmatch(language):  # then it would not be seen there
+    if not LANGUAGE.fullmatch(language):  # but a text, which nobody would see behind our fence
         lines, language = [language, *lines], ""
     return code_block("\n".join(lines), language) + "\n\n"
 
@@ -368,10 +378,10 @@ def quote(prose):
     prose = without_blank_ends(prose)
     if not prose:
         return ""
-    before, mark, after = prose.rpartition("](")  # there is no image without one behind it
+    before, mark, after = prose.rpartition("](")  # an image has this behind its !
     prose = IMAGE.sub(f"!{JOINER}", before) + mark + after
-    # A definition makes an image of ![x], and is not shown. Before pings: its label may hold one.
-    prose = LABEL.sub(lambda label: label[0].replace("]:", f"]{JOINER}:"), prose)
+    # A definition is not shown, and makes an image of a mere ![x].
+    prose = DEFINITION.sub(lambda found: found[0].replace("]:", f"]{JOINER}:"), prose)
     prose = PING.sub(rf"\g<0>{JOINER}", prose)
     return "".join(f"> {line}\n" for line in prose.split("\n")) + "\n"
 
@@ -382,8 +392,8 @@ MESSAGE_LIMIT = 16383  # characters in a post
 STATUS_LINE_BEGINS = "|".join(  # **Status:** #ticket-open, …: each line up to its tag
     re.escape("".join(status.line.partition(status.tag)[:2])) for status in STATUSES.values())
 STATUS_LINE = re.compile(rf"^(?:{STATUS_LINE_BEGINS})(?![\w-]).*$", re.MULTILINE)
-# As somebody may have edited it; what was typed into the form holds no tag.
-TAGGED_LINE = re.compile(rf"^.*#(?:{TAG_NAMES})(?![\w-]).*$", re.MULTILINE | re.IGNORECASE)
+# As somebody may have edited it; what was typed into the form is untagged().
+TAGGED_LINE = re.compile(f"^.*#{TAG_NAME}.*$", re.MULTILINE | re.IGNORECASE)
 
 
 def json_bytes(value):
@@ -444,13 +454,14 @@ def new_post(channel_id, message, pending_post_id, root_id="", **props):
 
 # -------------------------------------------------- 3. What a form may be, and what may be answered
 
-DIALOG_BYTES = 290_000  # Mattermost takes 300,000 from us, in which is a state, too
+DIALOG_BYTES = 290_000  # Mattermost takes 300,000 from us, the state included
 JSON_TYPES = {str: "a text", bool: "true or false", int: "a whole number", list: "a list",
               dict: "a JSON object"}
 REQUIRED_KEYS = ("title", "elements", "type", "name", "display_name", "options", "text", "value")
-OUR_KEYS = ("mention", "code")  # Mattermost does not get them
-KEYS_WE_SET = ("state", "callback_id", "notify_on_cancel")
-UNSUPPORTED = {  # of what Mattermost knows, and why
+OUR_KEYS = ("mention", "code")
+KEYS_NOT_TO_SET = ("state", "callback_id", "notify_on_cancel")
+# Keys, types and data sources that Mattermost knows, and what to do instead.
+UNSUPPORTED = {
     "dynamic": "let people choose from options, users or channels",
     "data_source_url": "let people choose from options, users or channels",
     "refresh": "show all elements from the beginning",
@@ -514,7 +525,7 @@ def value_problem(key, kind, value):
     if type(value) is not kind:
         return f"must be {JSON_TYPES[kind]}"
     if kind is int and not 0 < value < 2**31:
-        return f"must be a number from 0 to {2**31 - 1}"
+        return f"must be from 1 to {2**31 - 1}"
     if kind is str and key in REQUIRED_KEYS and not clean(value):
         return "is blank"
     if key == "mention" and not MENTION.fullmatch(value):
@@ -664,10 +675,13 @@ class Select(Element):
             yield "warning", (11, 0), "multiselect; with an older one, people choose one only"
 
     def answer_in(self, value):
-        if not (self.element.get("multiselect") and isinstance(value, list)):
+        if not isinstance(value, list):
             return super().answer_in(value)
-        texts = [clean(text) if isinstance(text, str) else None for text in value]
-        return self.choose([text and self.known(text) for text in texts if text != ""])
+        if not self.element.get("multiselect"):
+            return None, NOT_AN_OPTION
+        chosen = [self.known(clean(one)) if isinstance(one, str) else None
+                  for one in value if one not in (None, "")]
+        return self.choose(chosen)
 
     def read(self, text):
         if self.element.get("multiselect"):  # on a phone, it comes as a text with commas
@@ -676,7 +690,7 @@ class Select(Element):
         return chosen, None if chosen else NOT_AN_OPTION
 
     def choose(self, chosen):
-        """Return what was chosen, each once, and what is wrong with it; None is no option."""
+        """Return what was chosen, each once, and what is wrong with it: None is no option."""
         if None in chosen:
             return None, NOT_AN_OPTION
         return (list(dict.fromkeys(chosen)), None) if chosen else self.no_answer()
@@ -686,8 +700,8 @@ class Select(Element):
         raise NotImplementedError
 
     def known_in(self, text):
-        """Return what a text with commas in between chooses; None where that is nothing."""
-        return [self.known(clean(part)) for part in text.split(",")]
+        """Return what a text with commas in between chooses; None where that is no option."""
+        return [self.known(part) for part in map(clean, text.split(",")) if part]
 
 
 class OptionSelect(Select):
@@ -698,7 +712,7 @@ class OptionSelect(Select):
 
     def __init__(self, element):
         super().__init__(element)
-        self.options: dict = {}  # by what is submitted
+        self.options: dict = {}  # by value; blanks are no part of it here
         for number, option in enumerate(self.element.get("options", []), 1):
             problems: list = []
             option = sound_part(option, self.option_keys, problems)
@@ -707,7 +721,7 @@ class OptionSelect(Select):
                 problems.append("another one has the same value")
             self.options[value] = option
             self.problems += [f"option {number}: {problem}" for problem in problems]
-        self.element["options"] = list(self.options.values())
+        self.element["options"] = list(self.options.values())  # as they count for a form
         self.most_parts = max(value.count(",") for value in [*self.options, ""]) + 1
 
     def for_mattermost(self):
@@ -722,11 +736,11 @@ class OptionSelect(Select):
         parts, chosen, begin = text.split(","), [], 0
         while begin < len(parts):
             for end in range(begin + self.most_parts, begin, -1):  # the longest that fits
-                value = self.known(clean(",".join(parts[begin:end])))
-                if value or end == begin + 1:
-                    chosen.append(value)
-                    begin = end
+                part = clean(",".join(parts[begin:end]))
+                if self.known(part) or end == begin + 1:
                     break
+            chosen += [self.known(part)] if part else []
+            begin = end
         return chosen
 
     def markdown(self, answer, names):
@@ -790,7 +804,8 @@ class ChannelSelect(UserSelect):
             return None
         if team_id and channel.get("team_id") == team_id:
             return Name(name, f"~{name}", is_person=False)
-        shown = one_line(str(channel.get("display_name"))) or name  # ~ would lead into this team
+        # With its name, ~ would lead into the ticket's own team.
+        shown = one_line(str(channel.get("display_name") or name))
         return Name(shown, inline_code(untagged(shown)), is_person=False)
 
 
@@ -838,14 +853,18 @@ def time_meant(text, now):
 
 
 def meant(reading, text):
-    """Return what a text means, in UTC where it does not say; None if it means nothing."""
+    """Return what a text means, in UTC where it has no zone; None if it means nothing."""
     with contextlib.suppress(ValueError):
         return reading(text, datetime.datetime.now(datetime.UTC))
     return None
 
 
 class Date(Element):
-    """A day. An answer may be relative, too: Mattermost sends a default so that nobody touched."""
+    """A day. An answer may be relative, too: Mattermost sends a default so that nobody touched.
+
+    min_date and max_date are left to Mattermost's clients: only they know what "today" is for a
+    person.
+    """
 
     keys = {**Element.keys, "min_date": str, "max_date": str, "datetime_config": dict}
     config_keys = {"min_date": str, "max_date": str, "time_interval": int,
@@ -884,7 +903,7 @@ class DateTime(Date):
 
     def markdown(self, answer, names):
         moment = datetime.datetime.fromisoformat(answer)
-        return f"{self.label} `{moment:%Y-%m-%d %H:%M %Z}`\n"
+        return f"{self.label} `{moment.date()} {moment:%H:%M %Z}`\n"
 
 
 TYPES: dict = {"text": Text, "textarea": Textarea, "select": OptionSelect, "radio": Radio,
@@ -894,18 +913,18 @@ DATA_SOURCES: dict = {"users": UserSelect, "channels": ChannelSelect}  # of a se
 
 def read_element(element):
     """Return an element of a form, with all that is wrong with it."""
+    if not isinstance(element, dict):
+        return Element(element)
     key, kinds = "type", TYPES
-    if isinstance(element, dict):
-        if element.get("type") == "select" and element.get("data_source"):
-            key, kinds = "data_source", DATA_SOURCES
-        value = str(element.get(key))
-        if value in kinds:
-            known = kinds[value](element)
-            known.check_default()
-            return known
-        element = {key: value for key, value in element.items() if key in Element.keys}
-    unknown = Element(element)
-    if key in unknown.element or key == "data_source":
+    if element.get("type") == "select" and element.get("data_source"):
+        key, kinds = "data_source", DATA_SOURCES
+    value = str(element.get(key))
+    if value in kinds:
+        known = kinds[value](element)
+        known.check_default()
+        return known
+    unknown = Element({name: element[name] for name in Element.keys if name in element})
+    if key == "data_source" or isinstance(element.get(key), str):
         hint = UNSUPPORTED.get(value, f"only {', '.join(kinds)}")
         unknown.problems.append(f"{key} {value!r} is not supported: {hint}")
     return unknown
@@ -922,8 +941,8 @@ class Form:
         """Take a form, and where it is from; raise ValueError with all that is wrong, in lines."""
         self.source = source
         problems: list = []
-        set_by_us = [key for key in KEYS_WE_SET if isinstance(form, dict) and form.get(key)]
-        form = sound_part(without(form, KEYS_WE_SET) if set_by_us else form, self.keys, problems)
+        dropped = [key for key in KEYS_NOT_TO_SET if isinstance(form, dict) and form.get(key)]
+        form = sound_part(without(form, dropped) if dropped else form, self.keys, problems)
         self.elements = [read_element(element) for element in form.get("elements", [])]
         names = []
         for number, element in enumerate(self.elements, 1):
@@ -942,7 +961,7 @@ class Form:
         # A dialog is judged by the form that was opened: that of another one is not accepted.
         self.fingerprint = fingerprint({
             **form, "elements": [element.element for element in self.elements]})
-        self.notes = [f"{key} is for the service to set" for key in set_by_us]
+        self.notes = [f"{key} is dropped: it is for the service to set" for key in dropped]
         self.notes += too_long(form, self.usual)
         self.notes += [f"element {element.name}: {note}"
                        for element in self.elements for note in element.notes()]
@@ -1022,16 +1041,16 @@ def read_form(path):
         raise ValueError("is nested too deeply") from error
 
 
-def read_url(text, below):
-    """Return an http or https URL without a slash at its end, and without what we put below it."""
+def read_url(text, suffix):
+    """Return an http or https URL without a slash at its end; the suffix is what we add to it."""
     url = urllib.parse.urlsplit(text)
     if not PRINTABLE.fullmatch(text) or url.scheme not in ("http", "https") or not url.hostname:
         raise ValueError("must be a URL such as https://host or http://host:8080/path, no quotes")
     if url.port == 0 or any(mark in text for mark in "@?#\"'"):
         raise ValueError("must be a URL without user name, query, fragment and quotes")
     text = url.scheme + text[len(url.scheme):].rstrip("/")  # in lower case, whatever was typed
-    if text.endswith(below):
-        raise ValueError(f"must not end in {below}: that is added")
+    if text.endswith(suffix):
+        raise ValueError(f"must not end in {suffix}: that is added")
     return text
 
 
@@ -1085,7 +1104,7 @@ class Setting(NamedTuple):
 SETTINGS = {
     "MATTERMOST_URL": Setting(
         "where this service reaches Mattermost: https://mattermost.example.com",
-        functools.partial(read_url, below="/api/v4"), in_file=True),
+        functools.partial(read_url, suffix="/api/v4"), in_file=True),
     "BOT_TOKEN": Setting(
         "access token of the bot account", read_token, in_file=True, secret=True),
     "SLASH_TOKEN": Setting(
@@ -1093,7 +1112,7 @@ SETTINGS = {
         read_tokens, in_file=True, secret=True),
     "CALLBACK_URL": Setting(
         "where Mattermost reaches this service: http://tickets.example.com:8080",
-        functools.partial(read_url, below="/ticket"), in_file=True),
+        functools.partial(read_url, suffix="/ticket"), in_file=True),
     "PORT": Setting(
         "port to listen on; default 8080", read_port, 8080),
     "LISTEN_ADDRESS": Setting(
@@ -1136,8 +1155,11 @@ def read_setting(environ, name):
 
 
 def tls_context(ca_file):
-    """Return what verifies certificates; ssl itself says nothing when it has nobody to trust."""
-    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):  # OpenSSL reads them, too, and takes "" for one
+    """Return what verifies certificates; ssl itself says nothing when it has nobody to trust.
+
+    OpenSSL reads two variables of the process by itself: they are removed if they are blank.
+    """
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
         if not os.environ.get(name, "unset").strip():
             del os.environ[name]
     try:
@@ -1196,7 +1218,7 @@ class Settings:
             attempt("FORM", Form, FORM, "FORM")
         ca_file = good.pop("SSL_CERT_FILE")
         if ca_file or good.get("MATTERMOST_URL", "").startswith("https:"):
-            attempt("SSL_CERT_FILE", tls_context, ca_file)
+            attempt("SSL_CERT_FILE", tls_context, ca_file)  # from here on, this is the context
         if good.get("BOT_TOKEN", "").encode() in good.get("SLASH_TOKEN", []):
             problems.append("SLASH_TOKEN is the bot's token: it must be that of the slash command")
         if problems:
@@ -1383,7 +1405,8 @@ class Seal:
 
     The keys are derived from the slash tokens, which prove that a request is Mattermost's: so the
     bot's token can change, and a slash token too, as long as the old one stands behind the new.
-    How they are derived, and what the purposes are called, is in every post with buttons.
+    To derive them in another way, or to call a purpose otherwise, would break the buttons of all
+    tickets that there are.
     """
 
     def __init__(self, slash_tokens):
@@ -1457,7 +1480,7 @@ class TicketIds:
         return f"Ticket-{date}-" + "".join(DIGITS[number >> shift & 31] for shift in (15, 10, 5, 0))
 
     def ahead(self):
-        """Return for how many seconds the clock will not have passed the last ID."""
+        """Return for how many seconds the clock is still behind the last ID; 0 if it is not."""
         seconds = (self.last + 1) * DAY / IDS_PER_DAY - self.clock()
         return seconds if 0 < seconds <= HOUR else 0
 
@@ -1489,7 +1512,7 @@ class MattermostError(Exception):
     | who answered                     | how                       | may pass | may have worked |
     |----------------------------------|---------------------------|----------|-----------------|
     | nobody                           | no connection was made    | yes      | no              |
-    |                                  | its certificate is no good| no       | no              |
+    |                                  | its certificate is bad    | no       | no              |
     |                                  | silence, half an answer   | yes      | yes             |
     | Mattermost, or one that says     | 408, 429                  | yes      | no              |
     | that Mattermost is away          | 5xx                       | yes      | yes             |
@@ -1564,7 +1587,7 @@ def refused_call(answer, url, peer):
     reason = f"{peer} answered {answer.status}"
     if ERROR_ID.fullmatch(error_id):  # plugins put their own words there
         reason += f" {error_id}"
-    # Mattermost's own words, and where a redirect leads, but for what may hold a response hook.
+    # Mattermost's own words, and where a redirect leads. Not for other URLs: it may hold the hook.
     words = one_line(words) if url.endswith("/api/v4/posts") and isinstance(words, str) else ""
     redirected = 300 <= answer.status < 400 and "/api/v4/" in url
     hint = one_line(redirect_hint(answer, url)) if redirected else ""
@@ -1578,7 +1601,7 @@ def refused_call(answer, url, peer):
 class Call(urllib.request.Request):
     """A request to Mattermost, and how many bytes of its answer are read at most."""
 
-    limit = ANSWER_LIMIT
+    limit: int
 
 
 class Answer(NamedTuple):
@@ -1608,7 +1631,7 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     pending_post_id), and an ephemeral post that is seen twice does no harm.
     """
 
-    most, longest = 64, 10  # idle connections, and seconds for which they are
+    most, longest = 64, 10  # idle connections, and for how many seconds they are kept
 
     def __init__(self, context):
         super().__init__(context=context)
@@ -1626,17 +1649,16 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
                 self.close()  # the others may be as dead
                 raise
             except (OSError, http.client.HTTPException) as error:
-                log.debug("a kept connection had died: %r", error)
-                died = error  # it may have brought the request
+                died = error
         connection = http_class(req.host, timeout=req.timeout, **http_conn_args)
         host = urllib.parse.urlsplit(req.full_url).netloc
-        if req.type == "https" and req.host != host:  # but that of a proxy: see ProxyHandler
+        if req.type == "https" and req.host != host:  # ProxyHandler has put a proxy there
             connection.set_tunnel(host, headers=for_proxy)
         try:
             connection.connect()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            raise (died or NotConnected(error)) from error
+            raise (died or NotConnected(error)) from error  # which may have brought the request
         return self.exchange(connection, req, headers)
 
     def exchange(self, connection, request, headers):
@@ -1837,7 +1859,7 @@ class Mattermost:
         return self.call("POST", "/actions/dialogs/open", opening)
 
     def answer_command(self, hook, answer):
-        """Answer a slash command later: five times, for half an hour."""
+        """Answer a slash command later: Mattermost lets us five times, within half an hour."""
         self.send("POST", f"/hooks/commands/{hook}", answer)
 
 
@@ -1919,8 +1941,8 @@ class Channels:
                 return "unknown"  # else it is private, and the bot is not in it
         if channel.get("delete_at"):  # an archived channel can be joined all the same
             return "archived"
-        if channel.get("type") == "D":  # with the bot: nobody else would see the ticket
-            return "direct"
+        if channel.get("type") == "D":  # with the bot: nobody else would see the ticket. (A group
+            return "direct"             # message with the bot in it is as good as a channel.)
         public = channel.get("type") == "O"
         try:
             member = self.member(channel_id, me["id"])
@@ -1960,8 +1982,7 @@ class Channels:
             known = {role["name"]: role["permissions"]
                      for role in self.mattermost.get_roles_by_names(names)}
             return any(needed.intersection(known[name]) for name in names)
-        except (MattermostError, LookupError, TypeError, AttributeError) as error:
-            log.debug("the bot's roles can't be read: %r", error)
+        except (MattermostError, LookupError, TypeError, AttributeError):
             return True
 
     def create_post(self, post, team_id=""):
@@ -2005,7 +2026,7 @@ def sentence_for(error, again, refused):
     if error.may_pass:
         return again
     if error.foreign:
-        return IN_PLACE if error.status == 200 else IN_BETWEEN.format(status=error.status)
+        return IN_PLACE if error.status < 300 else IN_BETWEEN.format(status=error.status)
     return BAD_TOKEN if error.status == 401 else refused
 
 
@@ -2015,7 +2036,7 @@ def milliseconds():
 
 
 class Change(NamedTuple):
-    """What a press makes of a ticket, or has made of it; in its props under the same names."""
+    """What a press makes of a ticket, or has made of it. The ticket's props have the same names."""
 
     status: str
     status_by: str  # user name
@@ -2027,7 +2048,7 @@ class LastPress:
     """The last press of a ticket's buttons: held while it is judged."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    change: Change | None = None  # answered, but neither true nor lost so far
+    change: Change | None = None  # if it is answered, but neither true nor lost so far: see Presses
 
 
 class Presses:
@@ -2172,7 +2193,7 @@ class Dialog:
     channel_id: str  # where its ticket goes
     team_id: str = ""  # where /ticket was typed, if that is known
     hook: str = ""
-    look_since: int = 0  # seconds since 1970 when there may have been a ticket first; 0: never
+    look_since: int = 0  # when a ticket may have been made first, in seconds since 1970; 0: never
     lock: threading.Lock = field(default_factory=threading.Lock)
     ticket_id: str = ""
     post_id: str = ""
@@ -2206,6 +2227,7 @@ class Tickets:
                                          or self.make(dialog, answers, names, nonces))
         dialog.ticket_id, dialog.post_id = made["props"]["ticket_id"], made["id"]
         dialog.posted = fingerprint(made["props"]["ticket"].get("answers"))
+        # It is right in what Mattermost returns for a pending_post_id that it knows.
         dialog.has_reply = dialog.has_reply or bool(made.get("reply_count"))
         log.info("ticket=%s user=%s channel=%s post=%s", dialog.ticket_id, dialog.asked.user_name,
                  dialog.channel_id, dialog.post_id)
@@ -2256,15 +2278,15 @@ class Tickets:
         posts, since = [], dialog.look_since - self.clocks_differ
         try:
             posts = self.mattermost.get_channel_posts(dialog.channel_id, since * 1000)
-        except NotAllowed as error:  # a bot that may post everywhere may not read
-            if dialog.ticket_id:  # and one has been sent
+        except NotAllowed as error:  # a bot that may post everywhere may not read everywhere
+            if dialog.ticket_id:  # one has been sent. (After a restart, we post: most are new.)
                 raise Sorry(NOT_KNOWN, log=error) from error
         me = self.mattermost.get_me()["id"]
         by_bot = [post for post in posts if isinstance(post, dict)
                   and post.get("user_id") == me and not post.get("delete_at")]
         for post in by_bot:
             if is_ticket(post, nonces):
-                # reply_count is 0 in such a list.
+                # In such a list, reply_count is 0.
                 dialog.has_reply = any(reply.get("root_id") == post["id"] for reply in by_bot)
                 return post
         if len(posts) >= POSTS:  # there may be more, and the ticket among them
@@ -2326,15 +2348,17 @@ class Directory:
         """
         names, errors = {}, {}
         for element, answer in answered:
-            for one in element.ids(answer):
-                found = self.find(element.data_source, one)
-                is_channel = element.data_source == "channels"
-                team_id = self.find("channels", channel_id).get("team_id") if is_channel else ""
-                if name := element.name_of(found, team_id):
-                    names[one] = name
-                else:
+            if not (ids := element.ids(answer)):
+                continue
+            is_channel = element.data_source == "channels"
+            team_id = self.find("channels", channel_id).get("team_id") if is_channel else ""
+            for one in ids:
+                name = element.name_of(self.find(element.data_source, one), team_id)
+                if not name:
                     bot = matching(USER_NAME, self.mattermost.get_me().get("username"))
                     errors[element.name] = element.not_seen.format(bot=bot)
+                    break
+                names[one] = name
         return names, errors
 
     def find(self, data_source, one):
@@ -2403,7 +2427,7 @@ class Desk:
     def on_submission(self, submission):
         """File a ticket; yield the answer to the dialog, then confirm it and begin its thread.
 
-        All that is done for a submission that was answered too late, too: it may come again.
+        That is also done if the answer came too late: who submits again will find the ticket.
         """
         if submission.cancelled:
             yield {}
@@ -2464,14 +2488,15 @@ class Desk:
 
         That can be the reporter, where all tickets go to one channel, and people who were chosen.
         """
-        asked = dialog.asked
+        reporter = dialog.asked.user_id
         people = {one: name.markdown for one, name in names.items() if name.is_person}
-        reporter = [asked.user_id] if dialog.channel_id != asked.channel_id else []
-        outside = self.directory.outside(dialog.channel_id, [*reporter, *without(people, reporter)])
-        if reporter and reporter[0] in outside:
+        if dialog.channel_id != dialog.asked.channel_id:
+            people[reporter] = ""
+        outside = self.directory.outside(dialog.channel_id, people)
+        if people.get(reporter) == "" and reporter in outside:
             yield YOU_ARE_OUTSIDE
-        if others := [people[one] for one in outside if one not in reporter]:
-            yield THEY_ARE_OUTSIDE.format(people=", ".join(others))
+        if others := ", ".join(filter(None, (people[one] for one in outside))):
+            yield THEY_ARE_OUTSIDE.format(people=others)
 
     def close(self):
         """End what is done for tickets."""
@@ -2482,8 +2507,9 @@ class Desk:
 # -------------------------------------------------------------------------------- 10. The HTTP edge
 
 HEAD_LIMIT = 16 * 1024  # bytes of request line and headers
-BODY_LIMIT = 256 * 1024  # bytes; 16,383 characters are up to 196 KB in a form
-# Mattermost takes 300,000 bytes of its client, and hands on 6 for a <: too long a text is answered.
+BODY_LIMIT = 256 * 1024  # bytes; form-encoded, 16,383 characters are up to 196 KB
+# Mattermost takes 300,000 bytes of its client, and hands on 6 for a <. Whatever it can send is
+# answered: a refusal would close the dialog.
 SUBMISSION_LIMIT = 2 * 2**20  # bytes
 BYTES_LIMIT = 64 * 2**20  # of all requests that are arriving, or wait for a thread
 NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -2577,7 +2603,7 @@ def body_length(head):
         raise Refused(404, "there is nothing at this path")
     allowed = "GET, HEAD" if path == HEALTH else "POST"
     if method not in allowed.split(", "):
-        raise Refused(405, f"the method must be one of {allowed}", f"Allow: {allowed}")
+        raise Refused(405, f"the method must be {allowed.replace(',', ' or')}", f"Allow: {allowed}")
     if method == "POST" and b"content-length" not in headers:
         raise Refused(411, "Content-Length is missing")
     limit = BODY_LIMIT if path == HEALTH else ROUTES[path].limit
@@ -2599,16 +2625,15 @@ class Request:
     begins: int = 0  # where the body does, in what is received
     ends: int = 0
     refused: Refused | None = None  # what is still sent is dropped
-    said: object = None  # what Mattermost says with it, once that has been read
+    said: object = None  # what Mattermost says with it, once a Handler or a LateHandler has read it
     watched: bool = False  # by Arrivals.selector
 
     def is_whole(self):
         """Return whether the request is all here; refuse it as soon as that is clear."""
-        head = self.head or read_head(self.received)
-        if not head:
-            return False
         if not self.head:
-            self.head = head
+            self.head = head = read_head(self.received)
+            if not head:
+                return False
             self.begins, self.ends = head.size, head.size + body_length(head)
             if head.modern and b"expect" in head.headers and len(self.received) == head.size:
                 self.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n", socket.MSG_DONTWAIT)
@@ -2667,6 +2692,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.exception("POST %s failed", self.path)
             answer = route.sorry(OUR_FAULT, request.said)
         answered = self.answer(200, answer)
+        if self.note and not answered:
+            log.warning("POST %s, after a late answer: %s", self.path, self.note)
         if reaction:
             with contextlib.suppress(StopIteration):
                 reaction.send(answered)
@@ -2676,7 +2703,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return route.react(self.server.desk, said)
 
     def answer(self, status, payload, *headers):
-        """Send an answer and close; return whether: there is only one, and who is first gives it.
+        """Send an answer and close; return False, and do nothing, if another handler was first.
 
         In one write: Mattermost 9.4 to 9.7 loses a body that comes later.
         """
@@ -2907,7 +2934,7 @@ class Server(Listener):
         while self.waiting and self.free_threads.acquire(blocking=False):
             request = next(iter(self.waiting))
             del self.waiting[request]
-            with contextlib.suppress(RuntimeError):  # no new thread: it waits for an old one
+            with contextlib.suppress(RuntimeError):  # no new thread can start: an old one does it
                 self.threads.submit(self.work_on, request)
 
     def work_on(self, request):
@@ -2950,7 +2977,7 @@ class Server(Listener):
         if not request.refused:
             self.shutdown_request(request.socket)
             return
-        with contextlib.suppress(OSError):  # it has been reset, as we shall read
+        with contextlib.suppress(OSError):  # it has been reset: recv() will say so
             request.socket.shutdown(socket.SHUT_WR)
         request.socket.setblocking(False)
         request.due = time.monotonic() + self.linger
@@ -3124,7 +3151,7 @@ def file_limit():
 
 
 def keep_serving(server):
-    """Run a server's loop; if a bug ends it, end the process, which would hear nobody any more."""
+    """Run a server's loop; if a bug ends it, end the process, which could serve nobody any more."""
     try:
         server.serve_forever()
     finally:
