@@ -38,7 +38,6 @@ import ipaddress
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import resource
@@ -105,14 +104,14 @@ class Status(NamedTuple):
     """What a ticket can be, and how a ticket says so.
 
     A further status is a further row of STATUSES. Tickets keep the key, the tag, and the line up to
-    the tag that they were given: to change one of these leaves them without a status.
+    the tag that they were given: changing one of these leaves old tickets without a status.
     """
 
     tag: str  # what people search for
     line: str  # of the ticket; holds the tag
     leads_to: tuple  # keys of STATUSES, each by a button; if to itself, only for somebody else
-    color: str  # of the bar beside these buttons
-    button: str  # that leads here
+    color: str  # of the bar beside the buttons
+    button: str  # label of the one that leads here
     reply: str  # in the thread, when it has led here; a mention makes somebody follow it
     already: str  # for somebody whose button came too late
 
@@ -157,9 +156,12 @@ YOU_ARE_OUTSIDE = ("You are not in the ticket's channel, so you will not be told
 THEY_ARE_OUTSIDE = ("Not in the ticket's channel, so they will not be told of it: {people}. They "
                     "have to join it, or ask to be let in.")
 
-# Where the bot can't post: what is said after a "command" instead of the form, after a "submission"
-# above the form's buttons, in both places if there is a "ticket channel", and to the "admin" by
-# --check and in the log. Mattermost shows our answers under the person's own name: so no "I".
+# Where the bot can't post. Who is told, and where:
+# - "command": a person, after /ticket, instead of the form;
+# - "submission": a person, above the form's buttons;
+# - "ticket channel": a person, in either place, if all tickets go to one channel;
+# - "admin": --check, and the log.
+# Mattermost shows our answers under the person's own name: so no "I".
 CANT_POST = {
     "not a member": {
         "command": "@{bot} can't post in this channel yet: type `/invite @{bot}`, then `/ticket` "
@@ -209,15 +211,14 @@ CANT_POST = {
     },
 }
 
-# After `/ticket`, instead of the form; the last two also after a form that has opened, but had no
-# room for all of the text.
+# After `/ticket`, instead of the form; FORM_TOO_SMALL beside one that has opened.
 FORM_LATE = "The form came too late for Mattermost. Please type `/ticket` again."
 FORM_NOT_OPENED = "Mattermost did not open the form. Please type `/ticket` again in a moment."
 FORM_REFUSED = "Mattermost refused to open the form. Please tell your Mattermost admin."
 FORM_TOO_SMALL = "The form has no room for all that you typed."
 WHAT_YOU_TYPED = "What you typed:"
 
-# Instead of the form, or above its buttons.
+# Instead of the form, above its buttons, or after a button was pressed.
 BAD_TOKEN = "Mattermost does not accept the bot's token. Please tell your Mattermost admin."
 IN_BETWEEN = ("Something between the ticket service and Mattermost refused it ({status}). "
               "Please tell your admin.")
@@ -275,8 +276,8 @@ TAG_NAMES = "|".join(re.escape(status.tag[1:]) for status in STATUSES.values())
 TAG_NAME = f"(?:{TAG_NAMES})(?![-_.]*[a-z0-9])"
 STATUS_TAG = re.compile(f"#(?={TAG_NAME})", re.IGNORECASE)
 
-# A letter or digit: x@all is no mention. But in [w@all](u) and [@allw](u) there is one for
-# Mattermost, and letters that came later may be none to its version of Unicode.
+# A letter or digit, for which x@all is no mention. Without w, since Mattermost cuts a link's text
+# there (it looks for www.): [w@all](u) is one. And without those that its Unicode may not know yet.
 LETTER = r"[^\W_wW\u0250-\U0010ffff]"
 CHANNEL_MENTION = f"(?<!{LETTER})@(?=(?i:all|channel|here)(?!{LETTER}))"
 # &#64;all is an @all for Mattermost, and so is @&#97;ll.
@@ -284,8 +285,8 @@ REFERENCE = r"&(?=(?i:#x?[0-9a-f]{1,8}|commat);)"
 PING = re.compile(f"{CHANNEL_MENTION}|{REFERENCE}")
 # ![x](url); !\[x](url) is one as well, where it is in the text of a link.
 IMAGE = re.compile(r"!(?=\\*\[)")
-# What may be a definition, [x]: url, also behind >, - or - [ ]: from its bracket, over several
-# lines, up to a ] that ends it for all. A \] does for some only: so there may be more than one ]: .
+# What may be a definition, [x]: url, also behind >, - or - [ ], and over several lines: up to the
+# first ] that is not escaped. Some end it at a \] as well: so quote() breaks every ]: in it.
 DEFINITION = re.compile(r"^(?:[ \t\xa0>*+\-\d.)]|\[[ xX]\](?=\s))*\[(?:[^\]\\]|\\.)*+(?:\]:)?",
                         re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"([ \t]*)(`{3,}+(?=[^`]*$)|~{3,})(.*)")  # a line: blanks, marks, what follows
@@ -336,10 +337,11 @@ def quotes_and_code(text):
     """Return what was typed, as Markdown that pings no channel and loads no image.
 
     In code nothing can happen, and people copy from it: it stays as it is. In prose, an invisible
-    character breaks what pings or loads. But where code is, only the fences tell (``` or ~~~): the
-    programs that read Markdown differ on all else. So a text is cut at its fences. Prose becomes a
-    quote, which they all end at the empty line behind it, and what was between two fences is put
-    between fences of ours, longer than any in it, which they all see at the beginning of a line.
+    character breaks what pings or loads. But only fences (``` or ~~~) tell reliably where code is:
+    the programs that read Markdown differ on all else. So a text is cut at its fences. Prose
+    becomes a quote, which they all end at the empty line behind it, and what was between two fences
+    is put between fences of ours, longer than any in it, at the beginning of a line, where they all
+    see them.
     (Status tags are broken afterwards, in code too: Mattermost counts hashtags there.)
     """
     markdown, prose, lines = "", "", iter(text.split("\n"))
@@ -368,7 +370,7 @@ def typed_code(fence, lines):
     """Return the lines that stood between two fences, in a code block, and an empty line."""
     blanks, language = re.compile(f"[ \t]{{0,{len(fence[1])}}}"), fence[3].strip()
     lines = [blanks.sub("", line, count=1) for line in lines]
-    if not LANGUAGE.fullmatch(language):  # but a text, which nobody would see behind our fence
+    if not LANGUAGE.fullmatch(language):  # but text: nobody would see it behind our fence
         lines, language = [language, *lines], ""
     return code_block("\n".join(lines), language) + "\n\n"
 
@@ -378,7 +380,8 @@ def quote(prose):
     prose = without_blank_ends(prose)
     if not prose:
         return ""
-    before, mark, after = prose.rpartition("](")  # an image has this behind its !
+    # An image needs a ]( behind its ![: without one, vec![1] stays as it was typed.
+    before, mark, after = prose.rpartition("](")
     prose = IMAGE.sub(f"!{JOINER}", before) + mark + after
     # A definition is not shown, and makes an image of a mere ![x].
     prose = DEFINITION.sub(lambda found: found[0].replace("]:", f"]{JOINER}:"), prose)
@@ -534,10 +537,7 @@ def value_problem(key, kind, value):
 
 
 def too_long(thing, usual):
-    """Yield which texts of a JSON object are longer than usual: Mattermost takes them, and logs it.
-
-    `usual` has a number of characters for a key.
-    """
+    """Yield a note for each text of a JSON object that is longer than usual, in characters."""
     for key, most in usual.items():
         if (length := len(thing.get(key, ""))) > most:
             yield (f"{key} has {length} characters: it is shown, but Mattermost logs more than "
@@ -591,7 +591,7 @@ class Element:
         return without(self.element, OUR_KEYS)
 
     def answer_in(self, value):
-        """Return the answer in a submitted value, or None, and what is wrong with it, or None.
+        """Return (the answer in a submitted value or None, what is wrong with it or None).
 
         Clients leave out what was not touched, or send null or ""; a number may come as a text.
         """
@@ -603,11 +603,11 @@ class Element:
         return self.read(text) if text else self.no_answer()
 
     def no_answer(self):
-        """Return None for an empty answer, and what is wrong with it, or None."""
+        """Return (None, what is wrong with an empty answer or None)."""
         return None, None if self.element.get("optional") else REQUIRED
 
     def read(self, text):
-        """Return the answer in a text that is not empty, and what is wrong with it, or None."""
+        """Return (the answer in a text that is not empty, what is wrong with it or None)."""
         raise NotImplementedError
 
     def ids(self, answer):
@@ -690,7 +690,10 @@ class Select(Element):
         return chosen, None if chosen else NOT_AN_OPTION
 
     def choose(self, chosen):
-        """Return what was chosen, each once, and what is wrong with it: None is no option."""
+        """Return (what was chosen, each once, or None, what is wrong with it or None).
+
+        In `chosen`, None is no option.
+        """
         if None in chosen:
             return None, NOT_AN_OPTION
         return (list(dict.fromkeys(chosen)), None) if chosen else self.no_answer()
@@ -721,7 +724,7 @@ class OptionSelect(Select):
                 problems.append("another one has the same value")
             self.options[value] = option
             self.problems += [f"option {number}: {problem}" for problem in problems]
-        self.element["options"] = list(self.options.values())  # as they count for a form
+        self.element["options"] = list(self.options.values())  # without what says nothing
         self.most_parts = max(value.count(",") for value in [*self.options, ""]) + 1
 
     def for_mattermost(self):
@@ -860,7 +863,7 @@ def meant(reading, text):
 
 
 class Date(Element):
-    """A day. An answer may be relative, too: Mattermost sends a default so that nobody touched.
+    """A day. An answer may be relative, too: a default that nobody touched comes as it is.
 
     min_date and max_date are left to Mattermost's clients: only they know what "today" is for a
     person.
@@ -924,7 +927,7 @@ def read_element(element):
         known.check_default()
         return known
     unknown = Element({name: element[name] for name in Element.keys if name in element})
-    if key == "data_source" or isinstance(element.get(key), str):
+    if key == "data_source" or key in unknown.element:
         hint = UNSUPPORTED.get(value, f"only {', '.join(kinds)}")
         unknown.problems.append(f"{key} {value!r} is not supported: {hint}")
     return unknown
@@ -958,7 +961,7 @@ class Form:
         self.bytes = len(json_bytes(self.dialog))
         if self.bytes > DIALOG_BYTES:
             raise ValueError(f"must have at most {DIALOG_BYTES} bytes in all, not {self.bytes}")
-        # A dialog is judged by the form that was opened: that of another one is not accepted.
+        # A dialog is judged by the form that it was opened with: one of another form is refused.
         self.fingerprint = fingerprint({
             **form, "elements": [element.element for element in self.elements]})
         self.notes = [f"{key} is dropped: it is for the service to set" for key in dropped]
@@ -1149,7 +1152,7 @@ def read_setting(environ, name):
     except ValueError as error:
         if setting.secret:
             raise
-        shown = re.sub("//[^/]*@", "//\u2026@", text)[:200]  # without user name and password
+        shown = re.sub("//.*@", "//\u2026@", text)[:200]  # without user name and password
         raise ValueError("\n".join(
             f"{shown!r}: {line}" for line in str(error).splitlines())) from error
 
@@ -1362,13 +1365,9 @@ class Submission:
         fields = json_object(body)
         if fields.get("type") not in (None, "", "dialog_submission"):  # a look-up or a refresh
             fields = {}
-
-        def read(key, wanted):
-            value = fields.get(key)
-            return value if isinstance(value, wanted) else wanted()
-
-        return cls(read("user_id", str), read("state", str), read("submission", dict),
-                   read("cancelled", bool))
+        answers = fields.get("submission")
+        return cls(matching(ID, fields.get("user_id")), matching(PRINTABLE, fields.get("state")),
+                   answers if isinstance(answers, dict) else {}, fields.get("cancelled") is True)
 
 
 @dataclass(frozen=True)
@@ -1405,8 +1404,8 @@ class Seal:
 
     The keys are derived from the slash tokens, which prove that a request is Mattermost's: so the
     bot's token can change, and a slash token too, as long as the old one stands behind the new.
-    To derive them in another way, or to call a purpose otherwise, would break the buttons of all
-    tickets that there are.
+    To derive them in another way, or to rename a purpose, would break the buttons of all tickets
+    that there are.
     """
 
     def __init__(self, slash_tokens):
@@ -1418,10 +1417,10 @@ class Seal:
         return f"{payload}.{self.signatures(purpose, payload)[0]}"
 
     def open(self, purpose, text):
-        """Return the fields in a text, a list, or None if we did not sign it for this purpose."""
-        payload, _, signature = text.encode("utf-8", "replace").decode().partition(".")
+        """Return the fields in an ASCII text, a list; None if not signed by us for this purpose."""
+        payload, _, signature = text.partition(".")
         known = self.signatures(purpose, payload)
-        if not sum(hmac.compare_digest(signature.encode(), one.encode()) for one in known):
+        if not sum(hmac.compare_digest(signature, one) for one in known):
             return None
         return json.loads(base64.urlsafe_b64decode(payload))
 
@@ -1456,8 +1455,8 @@ def opened_state(seal, submission, form):
 class TicketIds:
     """Ticket-YYYYMMDD-XXXX: the day (UTC) and its 1,048,576 IDs, spread evenly over the hours.
 
-    So IDs sort by time and need no storage. The next one is that of now, or the one after the last
-    if that is later. (A last one that lies more than an hour ahead came of a wrong reading of the
+    So IDs sort by time and need no storage. The next one is that of now or, if that is later, the
+    one after the last. (A last one that lies more than an hour ahead came of a wrong reading of the
     clock, and does not count.)
     """
 
@@ -1489,7 +1488,8 @@ class TicketIds:
 
 USER_AGENT = "Mattermost-Ticket"  # bot lists refuse Python-urllib
 ANSWER_LIMIT = 2**20  # bytes of an answer that are read
-POSTS, POSTS_LIMIT = 1000, 16 * 2**20  # that Mattermost lists at most; bytes of such a list
+POSTS = 1000  # that Mattermost lists at most
+POSTS_LIMIT = 16 * 2**20  # bytes of such a list
 ERROR_ID = re.compile(r"[a-z0-9_.]{1,100}")
 PROXY_LOGIN = "Proxy-authorization"  # as urllib writes this header
 HOPELESS = re.compile("CERTIFICATE_VERIFY_FAILED|WRONG_VERSION_NUMBER")  # OpenSSL's words
@@ -1512,10 +1512,11 @@ class MattermostError(Exception):
     | who answered                     | how                       | may pass | may have worked |
     |----------------------------------|---------------------------|----------|-----------------|
     | nobody                           | no connection was made    | yes      | no              |
+    | a proxy, without a connection    | the status of its refusal | as below | no              |
     |                                  | its certificate is bad    | no       | no              |
     |                                  | silence, half an answer   | yes      | yes             |
-    | Mattermost, or one that says     | 408, 429                  | yes      | no              |
-    | that Mattermost is away          | 5xx                       | yes      | yes             |
+    | Mattermost, or something that    | 408, 429                  | yes      | no              |
+    | says that it is away             | 5xx                       | yes      | yes             |
     | Mattermost: its errors have IDs  | 4xx                       | no       | no              |
     | something in between, or another | 3xx, 4xx                  | no       | no              |
     | program: `foreign`               | 2xx                       | no       | yes             |
@@ -1579,15 +1580,15 @@ def refused_call(answer, url, peer):
     """Return the error in an answer; `peer` says who was asked, for the log."""
     try:
         fields = json.loads(answer.body)
-        error_id, words = str(fields["id"]), fields.get("message")
+        error_id, words = fields["id"], fields.get("message")
     except (ValueError, LookupError, TypeError, RecursionError):
         error_id, words = "", ""
-    if error_id == NO_API:
+    if error_id == NO_API or not isinstance(error_id, str):
         error_id = ""
     reason = f"{peer} answered {answer.status}"
     if ERROR_ID.fullmatch(error_id):  # plugins put their own words there
         reason += f" {error_id}"
-    # Mattermost's own words, and where a redirect leads. Not for other URLs: it may hold the hook.
+    # Mattermost's own words, and where a redirect leads: not where that may repeat a secret hook.
     words = one_line(words) if url.endswith("/api/v4/posts") and isinstance(words, str) else ""
     redirected = 300 <= answer.status < 400 and "/api/v4/" in url
     hint = one_line(redirect_hint(answer, url)) if redirected else ""
@@ -1658,7 +1659,8 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
             connection.connect()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            raise (died or NotConnected(error)) from error  # which may have brought the request
+            # If a kept connection died, that one may have brought the request.
+            raise (died or NotConnected(error)) from error
         return self.exchange(connection, req, headers)
 
     def exchange(self, connection, request, headers):
@@ -2022,7 +2024,7 @@ def is_ticket(post, nonces):
 
 
 def sentence_for(error, again, refused):
-    """Return what a person is told of a call that failed: it may work again, or it is refused."""
+    """Return what a person is told of a failed call: `again` if it may pass, else `refused`."""
     if error.may_pass:
         return again
     if error.foreign:
@@ -2058,7 +2060,7 @@ class Presses:
     |-------------|------------------------------------------------------|------------------------|
     | not ours    | the seal, the post or its props are not              | nothing is changed     |
     | outdated    | the ticket has got another status since its button   | who did it is told     |
-    | late        | the edge has answered before us: nothing was changed | nothing is changed     |
+    | late        | LateHandler has answered: nothing was changed        | nothing is changed     |
     | answered    | else                                                 | the answer changes it  |
     | true        | the post shows the change, as we read it again       | the thread is told     |
     | lost        | it does not: Mattermost has lost our answer          | the press is forgotten |
@@ -2090,8 +2092,8 @@ class Presses:
     def on_press(self, press):
         """Give a ticket another status; yield the answer to the button, then tell the thread.
 
-        As with all that reacts to a request, the edge takes the answer, sends it, and comes back
-        with whether it went out: what stands behind a yield is done after that.
+        As with all that reacts to a request, Handler.answer_person() takes the answer, sends it,
+        and comes back with whether it went out: what stands behind a yield is done after that.
         """
         fields = self.seal.open("action", press.signed)
         if not (fields and len(fields) == 3 and press.user_name and press.post_id):
@@ -2227,7 +2229,7 @@ class Tickets:
                                          or self.make(dialog, answers, names, nonces))
         dialog.ticket_id, dialog.post_id = made["props"]["ticket_id"], made["id"]
         dialog.posted = fingerprint(made["props"]["ticket"].get("answers"))
-        # It is right in what Mattermost returns for a pending_post_id that it knows.
+        # Right in what Mattermost returns for a pending_post_id that it knows, 0 in lists.
         dialog.has_reply = dialog.has_reply or bool(made.get("reply_count"))
         log.info("ticket=%s user=%s channel=%s post=%s", dialog.ticket_id, dialog.asked.user_name,
                  dialog.channel_id, dialog.post_id)
@@ -2257,6 +2259,7 @@ class Tickets:
         if (excess := longest - MESSAGE_LIMIT) > 0:
             raise Sorry(TICKET_TOO_LONG.format(excess=excess))
         now = milliseconds()
+        # Of these, scripts read more than we do.
         ticket = {"user_id": asked.user_id, "user_name": asked.user_name, "answers": answers,
                   "names": {one: name.name for one, name in names.items()},
                   "created_at": now, "nonce": nonce,
@@ -2279,14 +2282,13 @@ class Tickets:
         try:
             posts = self.mattermost.get_channel_posts(dialog.channel_id, since * 1000)
         except NotAllowed as error:  # a bot that may post everywhere may not read everywhere
-            if dialog.ticket_id:  # one has been sent. (After a restart, we post: most are new.)
+            if dialog.ticket_id:  # without one, we have started anew: then most were never sent
                 raise Sorry(NOT_KNOWN, log=error) from error
         me = self.mattermost.get_me()["id"]
         by_bot = [post for post in posts if isinstance(post, dict)
                   and post.get("user_id") == me and not post.get("delete_at")]
         for post in by_bot:
             if is_ticket(post, nonces):
-                # In such a list, reply_count is 0.
                 dialog.has_reply = any(reply.get("root_id") == post["id"] for reply in by_bot)
                 return post
         if len(posts) >= POSTS:  # there may be more, and the ticket among them
@@ -2331,7 +2333,7 @@ class Tickets:
         ahead = self.ids.ahead()
         if ahead > self.wait_at_stop:
             log.warning("start again in %d s at the earliest: until then, ticket IDs could repeat",
-                        math.ceil(ahead))
+                        int(ahead) + 1)
         time.sleep(min(ahead, self.wait_at_stop))
 
 
@@ -2493,10 +2495,11 @@ class Desk:
         if dialog.channel_id != dialog.asked.channel_id:
             people[reporter] = ""
         outside = self.directory.outside(dialog.channel_id, people)
-        if people.get(reporter) == "" and reporter in outside:
+        if reporter in outside:
+            outside.remove(reporter)
             yield YOU_ARE_OUTSIDE
-        if others := ", ".join(filter(None, (people[one] for one in outside))):
-            yield THEY_ARE_OUTSIDE.format(people=others)
+        if outside:
+            yield THEY_ARE_OUTSIDE.format(people=", ".join(people[one] for one in outside))
 
     def close(self):
         """End what is done for tickets."""
@@ -2508,8 +2511,8 @@ class Desk:
 
 HEAD_LIMIT = 16 * 1024  # bytes of request line and headers
 BODY_LIMIT = 256 * 1024  # bytes; form-encoded, 16,383 characters are up to 196 KB
-# Mattermost takes 300,000 bytes of its client, and hands on 6 for a <. Whatever it can send is
-# answered: a refusal would close the dialog.
+# Mattermost takes 300,000 bytes of its client, and writes some as six: < as \u003c. Whatever it can
+# send is answered: a refusal would close the dialog.
 SUBMISSION_LIMIT = 2 * 2**20  # bytes
 BYTES_LIMIT = 64 * 2**20  # of all requests that are arriving, or wait for a thread
 NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -2626,10 +2629,9 @@ class Request:
     ends: int = 0
     refused: Refused | None = None  # what is still sent is dropped
     said: object = None  # what Mattermost says with it, once a Handler or a LateHandler has read it
-    watched: bool = False  # by Arrivals.selector
 
     def is_whole(self):
-        """Return whether the request is all here; refuse it as soon as that is clear."""
+        """Return whether the request is all here; refuse it as soon as something is wrong."""
         if not self.head:
             self.head = head = read_head(self.received)
             if not head:
@@ -2692,10 +2694,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.exception("POST %s failed", self.path)
             answer = route.sorry(OUR_FAULT, request.said)
         answered = self.answer(200, answer)
-        if self.note and not answered:
+        if reaction and self.note and not answered:
             log.warning("POST %s, after a late answer: %s", self.path, self.note)
         if reaction:
-            with contextlib.suppress(StopIteration):
+            with contextlib.suppress(StopIteration):  # so it ends, or has ended by being Sorry
                 reaction.send(answered)
 
     def react(self, route, said):
@@ -2757,17 +2759,14 @@ class Arrivals(dict):
 
     def watch(self, request):
         """Wait for more of a request."""
-        self[request] = True
-        if not request.watched:
+        if request not in self:
+            self[request] = True
             self.selector.register(request.socket, selectors.EVENT_READ, request)
-            request.watched = True
 
     def forget(self, request):
         """Wait no longer for a request."""
-        self.pop(request, None)
-        if request.watched:
+        if self.pop(request, None):
             self.selector.unregister(request.socket)
-            request.watched = False
 
 
 class Listener(http.server.ThreadingHTTPServer):
@@ -2797,16 +2796,16 @@ class Server(Listener):
     a short answer to a new connection can't block. A whole request waits for a free thread, and a
     thread waits for nobody but Mattermost.
 
-    `unanswered` has each whole request until somebody takes it out, in one step, and so answers it:
-    its thread or, when it is due, the loop. So nobody else has to count the time that a person
-    waits. All requests are bounded in number, time and memory; nothing that a client or Mattermost
-    does can end the loop.
+    `unanswered` has each whole or refused request. Whoever takes it out, in one step, answers it:
+    its thread or, when it is due, the loop. So a person gets one answer, in time, and nothing below
+    has to count that time. Requests are bounded in number, time and memory; nothing that a client
+    or Mattermost does can end the loop.
     """
 
     arrive_within = 10  # seconds in which a request has to arrive
     answer_within = 24  # seconds, those included, to its answer: Mattermost gives up after 30
     look_every = 0.05  # seconds, for what is due
-    grace = 0.1  # seconds in which nobody gives way: the honest speak by then
+    grace = 0.1  # seconds in which no connection gives way: an honest client has sent all by then
     linger = 2  # seconds for which a refused client may go on sending
     stop_within = 1  # second, in which requests that are on their way have to be here
     follow_up_within = 20  # seconds after the last answer, at a stop
@@ -2864,11 +2863,11 @@ class Server(Listener):
     def look(self, now):
         """End what has taken too long, or takes too much memory."""
         self.next_look = now + self.look_every
-        requests = [*self.arrivals, *list(self.unanswered)]  # in one step: threads take them out
-        excess = sum(len(one.received) for one in requests) - BYTES_LIMIT
+        excess = sum(len(one.received) for one in (*self.arrivals, *self.waiting)) - BYTES_LIMIT
         while excess > 0 and (oldest := self.oldest(lambda one: one.received)):
             excess -= len(oldest.received)
             self.give_up(oldest)
+        requests = [*self.arrivals, *list(self.unanswered)]  # in one step: threads take them out
         for request in [one for one in requests if one.due < now]:
             self.give_up(request)
             if time.monotonic() > self.next_look:  # the rest at the next look: others wait, too
@@ -2919,7 +2918,7 @@ class Server(Listener):
             self.hang_up(request)
 
     def take(self, request):
-        """Answer a health check or a request that is refused; let a thread answer any other."""
+        """Answer a health check or a request that is refused; let any other wait for a thread."""
         self.arrivals.forget(request)
         self.unanswered[request] = True
         if request.refused or request.head.path == HEALTH:
@@ -2927,14 +2926,13 @@ class Server(Listener):
             return
         request.due = request.accepted + self.answer_within
         self.waiting[request] = True
-        self.begin()
 
     def begin(self):
         """Let free threads work on the requests that wait."""
         while self.waiting and self.free_threads.acquire(blocking=False):
             request = next(iter(self.waiting))
             del self.waiting[request]
-            with contextlib.suppress(RuntimeError):  # no new thread can start: an old one does it
+            with contextlib.suppress(RuntimeError):  # no new thread can start: an old one takes it
                 self.threads.submit(self.work_on, request)
 
     def work_on(self, request):
@@ -2963,7 +2961,7 @@ class Server(Listener):
         """End a request before it is done; a person is told."""
         if request in self.arrivals:
             self.hang_up(request)
-        else:
+        elif request in self.unanswered:
             self.waiting.pop(request, None)
             self.answer_with(LateHandler, request)
 
@@ -2973,7 +2971,7 @@ class Server(Listener):
         self.close_request(request.socket)
 
     def end(self, request):
-        """End an answered connection; that of a refused client later: a reset could lose it."""
+        """End an answered connection, after a refusal later: a reset could lose the answer."""
         if not request.refused:
             self.shutdown_request(request.socket)
             return
@@ -3078,14 +3076,15 @@ def bot_checks(desk):
         yield "problem", (f"BOT_TOKEN: @{bot} is in no team: somebody in a team has to add it "
                           "(team name ▾ › Invite people)")
     if desk.settings.ticket_channel:
-        yield from ticket_channel_checks(desk, bot)
+        yield from ticket_channel_checks(desk, me)
 
 
-def ticket_channel_checks(desk, bot):
+def ticket_channel_checks(desk, me):
     """Yield whether the bot may post in the ticket channel, and who can read it."""
+    bot = me.get("username")
     channel_id = desk.settings.ticket_channel
     try:
-        if obstacle := desk.channels.obstacle(channel_id, desk.mattermost.get_me()):
+        if obstacle := desk.channels.obstacle(channel_id, me):
             yield "problem", f"TICKET_CHANNEL: {CANT_POST[obstacle]['admin'].format(bot=bot)}"
             return
         yield "ok", f"TICKET_CHANNEL: @{bot} can post there"
@@ -3156,7 +3155,7 @@ def keep_serving(server):
         server.serve_forever()
     finally:
         server.stopped.set()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # which nobody waits for after a shutdown()
 
 
 def serve(settings):
