@@ -528,6 +528,7 @@ def is_readable(connection):
 class Channel:
     def __init__(self, name, kind="O", members=(), archived=False, team=TEAM):
         self.name, self.kind, self.members, self.team = name, kind, set(members), team
+        self.display_name = name.title()
         self.delete_at = 1795425075592 if archived else 0
 
 
@@ -772,7 +773,7 @@ class StandIn(http.server.ThreadingHTTPServer):
         if BOT not in channel.members and (channel.kind != "O" or channel.team != TEAM):
             raise Failure(*NO_PERMISSION)
         return 200, {"id": channel_id, "type": channel.kind, "delete_at": channel.delete_at,
-                     "name": channel.name, "display_name": channel.name.title(),
+                     "name": channel.name, "display_name": channel.display_name,
                      "team_id": "" if channel.kind in "DG" else channel.team}
 
     def get_member(self, _, channel_id, user_id):
@@ -3161,7 +3162,8 @@ class FormTest(FormCase):
                 "!⁂[x](http://e/x.png) and vec!⁂[1], [link](u) and vec![1]", "!⁂[a\nb](u)",
                 "!⁂[[\\]]u[]](http://e/x.png)", "[[!⁂\\[a](u)\\[a](u)", "`!⁂[a](u)`",
                 "a`b !⁂[x](u)` c", "`a`\n \n`!⁂[a](http://e/x.png)`", "![x]\n\n[x]⁂: u",
-                "![x]\n> 1. - [x]⁂: u", "- [ ] [x]⁂: u", "[a\nb]⁂: u", "[a\\]b]⁂: u", "[a\\]⁂: u",
+                "![x]\n> 1. - [x]⁂: u", "- [ ] [x]⁂: u", "[a\n- [ ] [x]⁂: u", "[a\nb]⁂: u",
+                "[a\\]b]⁂: u", "[a\\]⁂: u",
                 "[a[b]⁂: u", "[@⁂all]⁂: u", "[INFO]⁂: started\n[2001:db8::1]⁂:443\nsshd[7]: hello",
                 "**bold** [x](u) `code`"):
             with self.subTest(typed):
@@ -3194,7 +3196,7 @@ class FormTest(FormCase):
     def test_whatever_is_typed_is_safe_in_prose_and_as_typed_in_code(self):
         pieces = ["a ", "b", "w", "_", "\n", "\n", "\n\n", "\n  ", "\n```\n", "\n~~~ c\n", "\n````",
                   "`", "@all ", "@here", "&#64;all", "&commat;", "![", "](u) ", "[", "]", "]: u",
-                  "\n[x]: u", "\n> [", "!", "\\", "> ", "- ", "#ticket-open "]
+                  "\n[x]: u", "\n> [", "!", "\\", "> ", "- ", "#ticket-open ", "\n- [ ] [y]: u"]
         block = re.compile(r"^(`{3,})[\w.+#\u2060-]*\n(.*?)\n\1\n\n", re.MULTILINE | re.DOTALL)
         area = next(one for one in self.service.desk.form.elements if one.name == "area")
         chance = random.Random(20261126)
@@ -3209,7 +3211,7 @@ class FormTest(FormCase):
                     self.assertNotRegex(quote, r"(?s)!\[.*\]\(")
                     self.assertNotRegex(quote, r"(?<![a-vx-z])@(all|here)(?![a-vx-z])")
                     self.assertNotRegex(quote, "&(#64|commat);")
-                    self.assertNotRegex(quote, r"(?m)^[> -]*\[[^]]*\]:")
+                    self.assertNotRegex(quote, r"(?m)^[> -]*(\[ \] )*\[[^]]*\]:")
                 for _, code in block.findall(shown):
                     self.assertIn(*(re.sub("(?m)^[ `~]+|[ `~]+$", "", text.strip())
                                     for text in (code.replace("\u2060", ""), typed)))
@@ -3376,6 +3378,7 @@ class ChoiceTest(FormCase):
         ticket = self.assert_answered(
             PEOPLE, {"who": BOB, "where": QUIET, "all": [BOT, BOB]},
             "**Who:** @bob\n**Where:** ~quiet\n**All:** @ticket-bot, @bob")
+        self.assertEqual(self.mattermost.calls.count(f"GET /users/{BOB}"), 1)
         self.assertEqual(ticket["names"], {BOB: "bob", QUIET: "quiet", BOT: "ticket-bot"})
         self.assertEqual(self.mattermost.calls.count(f"GET /users/{BOT}"), 1)
         self.assert_answered(PEOPLE, {"who": ALICE, "all": f"{BOB}, {ALICE},{BOB}"},
@@ -3386,13 +3389,22 @@ class ChoiceTest(FormCase):
 
     def test_a_channel_of_another_team_is_shown_by_its_display_name(self):
         self.mattermost.channels[OTHERS].members.add(BOT)
-        self.mattermost.channels[OTHERS].name = "all"
+        self.mattermost.channels[OTHERS].display_name = "@all `x`"
         self.mattermost.channels[QUIET].name = "~odd`\n@all"
         self.assert_answered(
-            PEOPLE, {"who": BOB, "where": OTHERS}, "**Who:** @bob\n**Where:** `All`")
+            PEOPLE, {"who": BOB, "where": OTHERS}, "**Who:** @bob\n**Where:** `` @all `x` ``")
         self.mattermost.run_command()
         self.assertEqual(self.mattermost.submit_dialog({"who": BOB, "where": QUIET}), {
             "errors": {"where": ticket_service.CHANNEL_NOT_SEEN.format(bot="ticket-bot")}})
+
+    def test_a_channel_that_has_no_name_that_can_be_seen_is_shown_by_its_handle(self):
+        self.mattermost.channels[OTHERS].members.add(BOT)
+        form = {**PEOPLE, "elements": [*PEOPLE["elements"], element("text")]}
+        for display_name in (None, "", " ", "\u200b"):
+            self.mattermost.channels[OTHERS].display_name = display_name
+            self.assert_answered(
+                form, {"who": BOB, "where": OTHERS, "x": "a` @all"},
+                "**Who:** @bob\n**Where:** `others`\n**X:** ``a` @all``")
 
     def test_what_the_bot_can_t_see_is_told_at_its_field(self):
         person = ticket_service.PERSON_NOT_SEEN.format(bot="ticket-bot")
@@ -3402,6 +3414,8 @@ class ChoiceTest(FormCase):
         for answers, errors in (
                 ({"who": "x" * 26}, {"who": person}), ({"who": HELPDESK}, {"who": person}),
                 ({"who": "../users/me"}, {"who": ticket_service.NOT_AN_OPTION}),
+                ({"who": "me"}, {"who": ticket_service.NOT_AN_OPTION}),
+                ({"who": {}}, {"who": ticket_service.NOT_AN_OPTION}),
                 ({"who": [BOB]}, {"who": ticket_service.NOT_AN_OPTION}),
                 ({"who": BOB, "where": SECRET}, {"where": channel}),
                 ({"who": BOB, "where": DIRECT}, {"where": channel}),
@@ -3484,7 +3498,7 @@ class ChoiceTest(FormCase):
                 ([], ticket_service.REQUIRED), ("", ticket_service.REQUIRED),
                 ([""], ticket_service.REQUIRED), (["1", "3"], ticket_service.NOT_AN_OPTION),
                 ("1,3", ticket_service.NOT_AN_OPTION), ("3", ticket_service.NOT_AN_OPTION),
-                ([["1"]], ticket_service.NOT_AN_OPTION), ({}, ticket_service.NOT_TEXT),
+                ([["1"]], ticket_service.NOT_AN_OPTION), ({}, ticket_service.NOT_AN_OPTION),
                 ("1,x" * 100_000, ticket_service.NOT_AN_OPTION)):
             with self.subTest(str(value)[:20]):
                 self.assertEqual(self.mattermost.submit_dialog({"x": value}),
@@ -3535,7 +3549,8 @@ class ChoiceTest(FormCase):
             element("date", "day"), element("datetime", "time")]})
         self.mattermost.run_command()
         for value in ("soon", "27.11.2026", "2026-02-30", "2026-11-27T", "+3y", "+3000d", "3d", 7,
-                      "\u0662\u0660\u0662\u0666-11-27", "2026-11-27T25:00:00Z2", "20261127"):
+                      "\u0662\u0660\u0662\u0666-11-27", "2026-11-27T25:00:00Z2", "20261127",
+                      "2026-11-27T24:01:00Z", "2026-11-27T10:00:61Z", ["2026-11-27"]):
             with self.subTest(value):
                 self.assertEqual(
                     self.mattermost.submit_dialog({"day": value, "time": value}), {"errors": {
@@ -3543,6 +3558,13 @@ class ChoiceTest(FormCase):
         answer = self.mattermost.submit_dialog({"day": "+2H", "time": "2026-11-27T24:01Z"})
         self.assertEqual(answer, {"errors": {
             "day": ticket_service.NOT_A_DATE, "time": ticket_service.NOT_A_TIME}})
+
+    def test_a_form_may_have_hundreds_of_fields(self):
+        form = {"title": "T", "elements": [
+            element("select", f"x{number}", options=OPTIONS, multiselect=True)
+            for number in range(300)]}
+        self.start_with_form(form)
+        self.assertEqual(self.file(answers_to(form)), {})
 
     def test_what_nobody_sees_goes_from_every_answer(self):
         unseen = "\u200b\u2060\ufeff\xad\u3164"

@@ -286,8 +286,10 @@ PING = re.compile(f"{CHANNEL_MENTION}|{REFERENCE}")
 # ![x](url); !\[x](url) is one as well, where it is in the text of a link.
 IMAGE = re.compile(r"!(?=\\*\[)")
 # What may be a definition, [x]: url, also behind >, - or - [ ], and over several lines: up to the
-# first ] that is not escaped. Some end it at a \] as well: so quote() breaks every ]: in it.
-DEFINITION = re.compile(r"^(?:[ \t\xa0>*+\-\d.)]|\[[ xX]\](?=\s))*\[(?:[^\]\\]|\\.)*+(?:\]:)?",
+# first ] that is neither escaped nor that of a - [ ]. Some programs end it there, too: so quote()
+# breaks every ]: in it.
+TASK = r"\[[ xX]\](?=\s)"
+DEFINITION = re.compile(rf"^(?:[ \t\xa0>*+\-\d.)]|{TASK})*\[(?:{TASK}|[^\]\\]|\\.)*+(?:\]:)?",
                         re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"([ \t]*)(`{3,}+(?=[^`]*$)|~{3,})(.*)")  # a line: blanks, marks, what follows
 LANGUAGE = re.compile(r"[\w.+#-]*")
@@ -475,6 +477,7 @@ SUBTYPES = ("text", "email", "number", "tel", "url")
 ID = re.compile("[A-Za-z0-9]{1,64}")  # of anything in Mattermost: what may become part of a URL
 USER_NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)  # a colon in those of shared channels
 CHANNEL_NAME = re.compile(r"[a-z0-9_-]{1,64}")
+CHOSEN_ID = re.compile("[A-Za-z0-9]{26}")  # not a word such as me, which the API knows as well
 MENTION = re.compile(r"@[\w.-]+")
 NUMBER = re.compile(r"[+-]?(\d++(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 DATE = re.compile(r"\d{4}-\d\d-\d\d(T\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:\d\d)?)?", re.ASCII)
@@ -562,6 +565,7 @@ class Element:
             "default": str, "placeholder": str}
     usual = {"display_name": 24, "name": 300, "help_text": 150, "default": 150, "placeholder": 150}
     when_empty = ""  # what is meant by an answer without anything in it
+    not_one = NOT_TEXT  # what is said of a value that can't be an answer
 
     def __init__(self, element):
         self.problems: list = []
@@ -596,7 +600,7 @@ class Element:
         Clients leave out what was not touched, or send null or ""; a number may come as a text.
         """
         if isinstance(value, (list, dict)):
-            return None, NOT_TEXT
+            return None, self.not_one
         if not isinstance(value, str):
             value = "" if value is None else json.dumps(value)
         text = clean(value) or self.when_empty
@@ -668,6 +672,7 @@ class Select(Element):
     """A choice of one thing, or of several with `multiselect`: of what, a subclass says."""
 
     keys = {**Element.keys, "multiselect": bool}
+    not_one = NOT_AN_OPTION
     usual = {**Element.usual, "default": 3000, "placeholder": 3000}
 
     def needs(self):
@@ -675,10 +680,8 @@ class Select(Element):
             yield "warning", (11, 0), "multiselect; with an older one, people choose one only"
 
     def answer_in(self, value):
-        if not isinstance(value, list):
+        if not (self.element.get("multiselect") and isinstance(value, list)):
             return super().answer_in(value)
-        if not self.element.get("multiselect"):
-            return None, NOT_AN_OPTION
         chosen = [self.known(clean(one)) if isinstance(one, str) else None
                   for one in value if one not in (None, "")]
         return self.choose(chosen)
@@ -687,7 +690,7 @@ class Select(Element):
         if self.element.get("multiselect"):  # on a phone, it comes as a text with commas
             return self.choose(self.known_in(text))
         chosen = self.known(text)
-        return chosen, None if chosen else NOT_AN_OPTION
+        return chosen, None if chosen else self.not_one
 
     def choose(self, chosen):
         """Return (what was chosen, each once, or None, what is wrong with it or None).
@@ -695,7 +698,7 @@ class Select(Element):
         In `chosen`, None is no option.
         """
         if None in chosen:
-            return None, NOT_AN_OPTION
+            return None, self.not_one
         return (list(dict.fromkeys(chosen)), None) if chosen else self.no_answer()
 
     def known(self, text):
@@ -774,7 +777,7 @@ class UserSelect(Select):
     not_seen = PERSON_NOT_SEEN
 
     def known(self, text):
-        return matching(ID, text) or None
+        return matching(CHOSEN_ID, text) or None
 
     def choose(self, chosen):
         chosen, problem = super().choose(chosen)
@@ -808,7 +811,7 @@ class ChannelSelect(UserSelect):
         if team_id and channel.get("team_id") == team_id:
             return Name(name, f"~{name}", is_person=False)
         # With its name, ~ would lead into the ticket's own team.
-        shown = one_line(str(channel.get("display_name") or name))
+        shown = one_line(str(channel.get("display_name") or "")) or name
         return Name(shown, inline_code(untagged(shown)), is_person=False)
 
 
@@ -816,6 +819,7 @@ class Bool(Element):
     """A box to tick."""
 
     when_empty = "false"
+    not_one = NOT_AN_OPTION
 
     def check_default(self):
         if self.element.get("default", "true") not in ("true", "false"):
@@ -823,7 +827,7 @@ class Bool(Element):
 
     def read(self, text):
         if text.lower() not in ("true", "false"):
-            return None, NOT_AN_OPTION
+            return None, self.not_one
         ticked = text.lower() == "true"
         return ticked, None if ticked or self.element.get("optional") else NOT_TICKED
 
@@ -841,7 +845,7 @@ def day_meant(text, now):
         years, month = divmod(now.month - 1 + int(from_now[1]), 12)
         year, month = now.year + years, month + 1
         return datetime.date(year, month, min(now.day, calendar.monthrange(year, month)[1]))
-    return datetime.date.fromisoformat(text[:10] if DATE.fullmatch(text) else "")
+    return datetime.datetime.fromisoformat(text if DATE.fullmatch(text) else "").date()
 
 
 def time_meant(text, now):
@@ -873,6 +877,7 @@ class Date(Element):
     config_keys = {"min_date": str, "max_date": str, "time_interval": int,
                    "location_timezone": str, "manual_time_entry": bool,
                    "allow_manual_time_entry": bool}
+    not_one = NOT_A_DATE
 
     def __init__(self, element):
         super().__init__(element)
@@ -890,18 +895,19 @@ class Date(Element):
 
     def read(self, text):
         day = meant(day_meant, text)
-        return (day.isoformat(), None) if day else (None, NOT_A_DATE)
+        return (day.isoformat(), None) if day else (None, self.not_one)
 
 
 class DateTime(Date):
     """A day and a time of it."""
 
     keys = {**Date.keys, "time_interval": int}
+    not_one = NOT_A_TIME
 
     def read(self, text):
         moment = meant(time_meant, text)
         if not moment:
-            return None, NOT_A_TIME
+            return None, self.not_one
         return moment.isoformat(timespec="seconds").replace("+00:00", "Z"), None
 
     def markdown(self, answer, names):
@@ -1074,7 +1080,7 @@ def read_tokens(text):
 
 def read_channel(text):
     """Return the ID of a channel."""
-    if not ID.fullmatch(text) or len(text) != 26:
+    if not CHOSEN_ID.fullmatch(text):
         raise ValueError("must be a channel's ID (26 letters and digits), not its name")
     return text
 
@@ -1237,7 +1243,7 @@ class Settings:
 # ----------------------------------------------------------- 5. Reading: what Mattermost says to us
 
 FORM_FIELDS = 1000  # Mattermost repeats keys for everybody who is mentioned in the text
-JSON_DEPTH = 100
+JSON_BRACKETS = 500  # that may be open at a time: each takes a part of a thread's stack
 JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 TOKEN_FIELD = re.compile(rb"(?:^|&)token=([^&]*)")
 HOOK = re.compile(r"/([A-Za-z0-9]+)$")
@@ -1277,8 +1283,8 @@ def json_object(body):
         # json would also take UTF-16 and UTF-32, in which the brackets can't be counted as here.
         text = body.decode()
         # People paste JSON and stack traces into a ticket; what is nested could crash the thread.
-        if (brackets_in(text) > JSON_DEPTH
-                and brackets_in(JSON_STRING.sub("", text)) > JSON_DEPTH):
+        if (brackets_in(text) > JSON_BRACKETS
+                and brackets_in(JSON_STRING.sub("", text)) > JSON_BRACKETS):
             raise Refused(400, "the JSON is nested too deeply")
         value = json.loads(text)
     except ValueError as error:
@@ -2348,13 +2354,14 @@ class Directory:
 
         `answered` is Form.answered(); `channel_id` says where the ticket goes.
         """
-        names, errors = {}, {}
+        names: dict = {}
+        errors = {}
         for element, answer in answered:
             if not (ids := element.ids(answer)):
                 continue
             is_channel = element.data_source == "channels"
             team_id = self.find("channels", channel_id).get("team_id") if is_channel else ""
-            for one in ids:
+            for one in [one for one in ids if one not in names]:
                 name = element.name_of(self.find(element.data_source, one), team_id)
                 if not name:
                     bot = matching(USER_NAME, self.mattermost.get_me().get("username"))
