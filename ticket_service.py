@@ -103,13 +103,13 @@ FORM = {
 class Status(NamedTuple):
     """What a ticket can be, and how a ticket says so.
 
-    A further status is a further row of STATUSES. Tickets keep the key, the tag, and the line up to
-    the tag that they were given: changing one of these leaves old tickets without a status.
+    A further status is a further row of STATUSES. Tickets that exist hold the key, the tag, and the
+    line up to the tag: change one of these, and they have no status any more.
     """
 
     tag: str  # what people search for
     line: str  # of the ticket; holds the tag
-    leads_to: tuple  # keys of STATUSES, each by a button; if to itself, only for somebody else
+    leads_to: tuple  # keys of STATUSES, each by a button. Its own one: somebody else takes over
     color: str  # of the bar beside the buttons
     button: str  # label of the one that leads here
     reply: str  # in the thread, when it has led here; a mention makes somebody follow it
@@ -224,6 +224,7 @@ IN_BETWEEN = ("Something between the ticket service and Mattermost refused it ({
               "Please tell your admin.")
 IN_PLACE = ("Something between the ticket service and Mattermost answered in its place. Please "
             "tell your admin.")
+NOT_SECURE = "The ticket service can't reach Mattermost securely. Please tell your admin."
 OUR_FAULT = "Something went wrong in the ticket service. Please try again, or tell your admin."
 
 # In the form, above its buttons.
@@ -276,8 +277,9 @@ TAG_NAMES = "|".join(re.escape(status.tag[1:]) for status in STATUSES.values())
 TAG_NAME = f"(?:{TAG_NAMES})(?![-_.]*[a-z0-9])"
 STATUS_TAG = re.compile(f"#(?={TAG_NAME})", re.IGNORECASE)
 
-# A letter or digit, for which x@all is no mention. Without w, since Mattermost cuts a link's text
-# there (it looks for www.): [w@all](u) is one. And without those that its Unicode may not know yet.
+# A letter or digit: with one beside it, as in x@all, Mattermost sees no mention. But [w@all](u) is
+# one, since it cuts a link's text at a w, looking for www. And from U+0250 on, there are letters
+# that its Unicode may not know. So these do not count as letters here: @all beside them is broken.
 LETTER = r"[^\W_wW\u0250-\U0010ffff]"
 CHANNEL_MENTION = f"(?<!{LETTER})@(?=(?i:all|channel|here)(?!{LETTER}))"
 # &#64;all is an @all for Mattermost, and so is @&#97;ll.
@@ -285,9 +287,9 @@ REFERENCE = r"&(?=(?i:#x?[0-9a-f]{1,8}|commat);)"
 PING = re.compile(f"{CHANNEL_MENTION}|{REFERENCE}")
 # ![x](url); !\[x](url) is one as well, where it is in the text of a link.
 IMAGE = re.compile(r"!(?=\\*\[)")
-# What may be a definition, [x]: url, also behind >, - or - [ ], and over several lines: up to the
-# first ] that is neither escaped nor that of a - [ ]. Some programs end it there, too: so quote()
-# breaks every ]: in it.
+# What may be a definition, [x]: url, also behind >, - or - [ ], and over several lines: a match goes
+# up to the first ] that is neither escaped nor that of a - [ ]. For some programs, it ends at such
+# a ] already: so quote() breaks every ]: in a match.
 TASK = r"\[[ xX]\](?=\s)"
 DEFINITION = re.compile(rf"^(?:[ \t\xa0>*+\-\d.)]|{TASK})*\[(?:{TASK}|[^\]\\]|\\.)*+(?:\]:)?",
                         re.MULTILINE | re.DOTALL)
@@ -296,7 +298,7 @@ LANGUAGE = re.compile(r"[\w.+#-]*")
 
 
 def without_blank_ends(text):
-    """Return a text without blank lines at its ends; code that begins with blanks keeps them."""
+    """Return a text without blanks at its ends; but the first of several lines stays indented."""
     text = re.sub(r"\A\s*\n", "", text).rstrip()
     return text if "\n" in text else text.strip()
 
@@ -452,7 +454,8 @@ def new_post(channel_id, message, pending_post_id, root_id="", **props):
         "root_id": root_id,
         "message": message,
         "pending_post_id": pending_post_id,
-        # In a post with attachments, even none, Mattermost loads no preview and no image of a link.
+        # In a post with attachments, even an empty list, Mattermost loads no preview or image of a
+        # link.
         "props": {"attachments": [], **props},
     }
 
@@ -483,7 +486,7 @@ NUMBER = re.compile(r"[+-]?(\d++(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 DATE = re.compile(r"\d{4}-\d\d-\d\d(T\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:\d\d)?)?", re.ASCII)
 NEAR_DAYS = {"yesterday": -1, "today": 0, "tomorrow": 1}
 FROM_NOW = re.compile(r"([+-][0-9]{1,3})([dwmHMS])")  # +3d, -1w, +30M: Mattermost's own
-UNITS = {"d": "days", "w": "weeks", "H": "hours", "M": "minutes", "S": "seconds"}
+UNITS = {"d": "days", "w": "weeks", "H": "hours", "M": "minutes", "S": "seconds"}  # of timedelta
 
 
 def matching(pattern, value):
@@ -695,7 +698,7 @@ class Select(Element):
     def choose(self, chosen):
         """Return (what was chosen, each once, or None, what is wrong with it or None).
 
-        In `chosen`, None is no option.
+        None in `chosen` stands for something that is no option.
         """
         if None in chosen:
             return None, self.not_one
@@ -741,9 +744,9 @@ class OptionSelect(Select):
         """Return what a text with commas in between chooses; commas may be in a value, too."""
         parts, chosen, begin = text.split(","), [], 0
         while begin < len(parts):
-            for end in range(begin + self.most_parts, begin, -1):  # the longest that fits
+            for end in range(begin + self.most_parts, begin, -1):
                 part = clean(",".join(parts[begin:end]))
-                if self.known(part) or end == begin + 1:
+                if self.known(part):  # the longest that fits; if none does, the shortest is left
                     break
             chosen += [self.known(part)] if part else []
             begin = end
@@ -933,7 +936,7 @@ def read_element(element):
         known.check_default()
         return known
     unknown = Element({name: element[name] for name in Element.keys if name in element})
-    if key == "data_source" or key in unknown.element:
+    if key == "data_source" or key in unknown.element:  # else it is missing, or no text: a problem
         hint = UNSUPPORTED.get(value, f"only {', '.join(kinds)}")
         unknown.problems.append(f"{key} {value!r} is not supported: {hint}")
     return unknown
@@ -1027,7 +1030,7 @@ class SettingsError(Exception):
 
 
 def text_of_file(path, most):
-    """Return the text in a file, at most so many characters; editors may put a mark before it."""
+    """Return the text in a file, of so many characters at most, without a byte order mark."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read(most + 1)
@@ -1225,7 +1228,7 @@ class Settings:
             attempt(name, read_setting, environ, name)
         if good.get("FORM_FILE") == "":
             attempt("FORM", Form, FORM, "FORM")
-        ca_file = good.pop("SSL_CERT_FILE")
+        ca_file = good.pop("SSL_CERT_FILE")  # which is there: its parse, str, takes anything
         if ca_file or good.get("MATTERMOST_URL", "").startswith("https:"):
             attempt("SSL_CERT_FILE", tls_context, ca_file)  # from here on, this is the context
         if good.get("BOT_TOKEN", "").encode() in good.get("SLASH_TOKEN", []):
@@ -1468,7 +1471,7 @@ class TicketIds:
 
     def __init__(self, clock=time.time):
         self.clock, self.lock = clock, threading.Lock()
-        self.last = -1  # of all IDs since 1970
+        self.last = -1  # number of the last ID, counted from 1970
 
     def next(self):
         """Return the next ID."""
@@ -1518,14 +1521,14 @@ class MattermostError(Exception):
     | who answered                     | how                       | may pass | may have worked |
     |----------------------------------|---------------------------|----------|-----------------|
     | nobody                           | no connection was made    | yes      | no              |
-    | a proxy, without a connection    | the status of its refusal | as below | no              |
-    |                                  | its certificate is bad    | no       | no              |
-    |                                  | silence, half an answer   | yes      | yes             |
-    | Mattermost, or something that    | 408, 429                  | yes      | no              |
-    | says that it is away             | 5xx                       | yes      | yes             |
+    | nobody                           | a bad certificate, no TLS | no       | no              |
+    | nobody                           | silence, half an answer   | yes      | yes             |
+    | a proxy, before any connection   | a status                  | as below | no              |
+    | whoever it is                    | 408, 429                  | yes      | no              |
+    | whoever it is                    | 5xx                       | yes      | yes             |
     | Mattermost: its errors have IDs  | 4xx                       | no       | no              |
-    | something in between, or another | 3xx, 4xx                  | no       | no              |
-    | program: `foreign`               | 2xx                       | no       | yes             |
+    | something else: `foreign`        | 3xx, 4xx                  | no       | no              |
+    | something else: `foreign`        | 2xx                       | no       | yes             |
 
     `status` is None if there was no answer; `meaning` is one of MEANINGS, or "". `words` are
     Mattermost's own, where they may be shown.
@@ -1594,7 +1597,8 @@ def refused_call(answer, url, peer):
     reason = f"{peer} answered {answer.status}"
     if ERROR_ID.fullmatch(error_id):  # plugins put their own words there
         reason += f" {error_id}"
-    # Mattermost's own words, and where a redirect leads: not where that may repeat a secret hook.
+    # The URL of a response hook is a secret, which an answer may repeat: so Mattermost's words are
+    # kept for posts only, and where a redirect leads, for the API only.
     words = one_line(words) if url.endswith("/api/v4/posts") and isinstance(words, str) else ""
     redirected = 300 <= answer.status < 400 and "/api/v4/" in url
     hint = one_line(redirect_hint(answer, url)) if redirected else ""
@@ -1647,7 +1651,9 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     def do_open(self, http_class, req, **http_conn_args):
         """Return the answer, read to its end; urllib's own do_open() leaves that to the caller."""
         headers, for_proxy, died = dict(req.header_items()), {}, None
-        if req.type == "https" and PROXY_LOGIN in headers:
+        host = urllib.parse.urlsplit(req.full_url).netloc
+        through_tunnel = req.host != host and not req.has_proxy()  # then ProxyHandler has been here
+        if through_tunnel and PROXY_LOGIN in headers:
             for_proxy[PROXY_LOGIN] = headers.pop(PROXY_LOGIN)
         if kept := self.take():
             try:
@@ -1658,8 +1664,7 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
             except (OSError, http.client.HTTPException) as error:
                 died = error
         connection = http_class(req.host, timeout=req.timeout, **http_conn_args)
-        host = urllib.parse.urlsplit(req.full_url).netloc
-        if req.type == "https" and req.host != host:  # ProxyHandler has put a proxy there
+        if through_tunnel:
             connection.set_tunnel(host, headers=for_proxy)
         try:
             connection.connect()
@@ -1873,7 +1878,7 @@ class Mattermost:
 
 # -------------------------------------------------------------------------------------- 8. Channels
 
-REMEMBERED = 10_000  # channels, dialogs, and presses
+REMEMBERED = 10_000  # of each: channels, dialogs, presses
 
 
 class Recent(dict):
@@ -1949,8 +1954,10 @@ class Channels:
                 return "unknown"  # else it is private, and the bot is not in it
         if channel.get("delete_at"):  # an archived channel can be joined all the same
             return "archived"
-        if channel.get("type") == "D":  # with the bot: nobody else would see the ticket. (A group
-            return "direct"             # message with the bot in it is as good as a channel.)
+        # A direct message with the bot: nobody else would see the ticket. A group message with the
+        # bot is as good as a channel; one without it is found out below.
+        if channel.get("type") == "D":
+            return "direct"
         public = channel.get("type") == "O"
         try:
             member = self.member(channel_id, me["id"])
@@ -1984,7 +1991,7 @@ class Channels:
             memberships = [me, member]
             if team_id := matching(ID, channel.get("team_id")):  # a group message has none
                 memberships.append(self.mattermost.get_my_team_member(team_id))
-            if not all(membership["roles"] for membership in memberships):
+            if not all(membership["roles"] for membership in memberships):  # these tell nothing
                 return True
             names = " ".join(membership["roles"] for membership in memberships).split()
             known = {role["name"]: role["permissions"]
@@ -2033,6 +2040,8 @@ def sentence_for(error, again, refused):
     """Return what a person is told of a failed call: `again` if it may pass, else `refused`."""
     if error.may_pass:
         return again
+    if error.status is None:
+        return NOT_SECURE
     if error.foreign:
         return IN_PLACE if error.status < 300 else IN_BETWEEN.format(status=error.status)
     return BAD_TOKEN if error.status == 401 else refused
@@ -2056,7 +2065,7 @@ class LastPress:
     """The last press of a ticket's buttons: held while it is judged."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    change: Change | None = None  # if it is answered, but neither true nor lost so far: see Presses
+    change: Change | None = None  # if it was answered, and the post was not seen to show it so far
 
 
 class Presses:
@@ -2099,7 +2108,8 @@ class Presses:
         """Give a ticket another status; yield the answer to the button, then tell the thread.
 
         As with all that reacts to a request, Handler.answer_person() takes the answer, sends it,
-        and comes back with whether it went out: what stands behind a yield is done after that.
+        and comes back with whether this was the first answer: what stands behind a yield is done
+        after that.
         """
         fields = self.seal.open("action", press.signed)
         if not (fields and len(fields) == 3 and press.user_name and press.post_id):
@@ -2235,7 +2245,8 @@ class Tickets:
                                          or self.make(dialog, answers, names, nonces))
         dialog.ticket_id, dialog.post_id = made["props"]["ticket_id"], made["id"]
         dialog.posted = fingerprint(made["props"]["ticket"].get("answers"))
-        # Right in what Mattermost returns for a pending_post_id that it knows, 0 in lists.
+        # reply_count is right if Mattermost returns a post for a pending_post_id that it knows. In
+        # the list that earlier() reads, it is 0.
         dialog.has_reply = dialog.has_reply or bool(made.get("reply_count"))
         log.info("ticket=%s user=%s channel=%s post=%s", dialog.ticket_id, dialog.asked.user_name,
                  dialog.channel_id, dialog.post_id)
@@ -2274,7 +2285,7 @@ class Tickets:
                         ticket=ticket, attachments=self.presses.buttons(ticket_id, ticket))
 
     def nonces(self, purpose, dialog):
-        """Return what may name a post of a dialog: with the first slash token, and with the others.
+        """Return what marks a post of a dialog, a text for each slash token; new ones get the 1st.
 
         Not the nonce itself: people can read it in the state, and make a post with it first.
         """
@@ -2288,7 +2299,7 @@ class Tickets:
         try:
             posts = self.mattermost.get_channel_posts(dialog.channel_id, since * 1000)
         except NotAllowed as error:  # a bot that may post everywhere may not read everywhere
-            if dialog.ticket_id:  # without one, we have started anew: then most were never sent
+            if dialog.ticket_id:  # else we have started anew, and most dialogs were not submitted
                 raise Sorry(NOT_KNOWN, log=error) from error
         me = self.mattermost.get_me()["id"]
         by_bot = [post for post in posts if isinstance(post, dict)
@@ -2572,7 +2583,7 @@ def read_head(received):
     the other way. http.server's own parser is lenient, and most of its cost.
     """
     end = received.find(b"\r\n\r\n", 2)  # RFC 9112, 2.2: one empty line may come first
-    head = bytes(received[:HEAD_LIMIT + 1 if end < 0 else end + 4])
+    head = bytes(received[:end + 4] if end >= 0 else received[:HEAD_LIMIT + 1])
     if BARE_LF.search(head):
         raise Refused(400, "a line of the head ends without a carriage return")
     if len(head) > HEAD_LIMIT:
@@ -2629,7 +2640,7 @@ class Request:
     socket: socket.socket
     address: str  # of the client
     accepted: float  # when, by time.monotonic()
-    due: float  # when it must be here; if it is whole, when it must be answered
+    due: float  # when it must be here, or answered, or (if it is refused) over
     received: bytearray = field(default_factory=bytearray)
     head: Head | None = None
     begins: int = 0  # where the body does, in what is received
@@ -2637,16 +2648,20 @@ class Request:
     refused: Refused | None = None  # what is still sent is dropped
     said: object = None  # what Mattermost says with it, once a Handler or a LateHandler has read it
 
-    def is_whole(self):
-        """Return whether the request is all here; refuse it as soon as something is wrong."""
-        if not self.head:
-            self.head = head = read_head(self.received)
-            if not head:
-                return False
-            self.begins, self.ends = head.size, head.size + body_length(head)
-            if head.modern and b"expect" in head.headers and len(self.received) == head.size:
-                self.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n", socket.MSG_DONTWAIT)
-        return len(self.received) >= self.ends
+    def is_complete(self):
+        """Return whether the request is all here, or refused, as soon as something is wrong."""
+        try:
+            if not self.head:
+                self.head = head = read_head(self.received)
+                if not head:
+                    return False
+                self.begins, self.ends = head.size, head.size + body_length(head)
+                if head.modern and b"expect" in head.headers and len(self.received) == head.size:
+                    self.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n", socket.MSG_DONTWAIT)
+            return len(self.received) >= self.ends
+        except Refused as refused:
+            self.refused = refused
+            return True
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -2721,7 +2736,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             f"HTTP/1.1 {status} {self.responses[status][0]}", f"Date: {self.date_time_string()}",
             "Content-Type: application/json", f"Content-Length: {len(body)}", "Connection: close",
             *headers, "", ""))
-        if not self.server.unanswered.pop(self.request, None):
+        if not self.server.unanswered.pop(self.request, None):  # in one step, so one is the first
             return False
         self.request.received.clear()
         with contextlib.suppress(OSError):  # a client that is gone: what was asked for is done
@@ -2745,11 +2760,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class LateHandler(Handler):
-    """Answers a person for whom a Handler takes too long; in Server's loop, so it can't wait."""
+    """Answers a person whose request is due, or has to give way: in Server's loop, so at once."""
 
     def react(self, route, said):
         """Be sorry."""
-        raise Sorry(route.late, log=f"there was no answer within {self.server.answer_within} s")
+        seconds = time.monotonic() - self.request.accepted
+        raise Sorry(route.late, log=f"there was no answer within {seconds:.0f} s")
 
     def send(self, answer):
         """Leave an answer to the system, which has room for 200 KB at least."""
@@ -2767,8 +2783,8 @@ class Arrivals(dict):
     def watch(self, request):
         """Wait for more of a request."""
         if request not in self:
-            self[request] = True
             self.selector.register(request.socket, selectors.EVENT_READ, request)
+            self[request] = True
 
     def forget(self, request):
         """Wait no longer for a request."""
@@ -2852,7 +2868,7 @@ class Server(Listener):
         self.stopped.set()
 
     def shutdown(self):
-        """Stop accepting; return when all that was accepted is done, follow-ups included."""
+        """Stop accepting; return when all that was accepted is done, or `follow_up_within` over."""
         self.stopping.set()
         self.stopped.wait()
 
@@ -2874,7 +2890,7 @@ class Server(Listener):
         while excess > 0 and (oldest := self.oldest(lambda one: one.received)):
             excess -= len(oldest.received)
             self.give_up(oldest)
-        requests = [*self.arrivals, *list(self.unanswered)]  # in one step: threads take them out
+        requests = [*self.arrivals, *list(self.unanswered)]  # list() is one step: threads pop, too
         for request in [one for one in requests if one.due < now]:
             self.give_up(request)
             if time.monotonic() > self.next_look:  # the rest at the next look: others wait, too
@@ -2905,20 +2921,18 @@ class Server(Listener):
     def receive(self, request):
         """Take what has arrived of a request; whatever is wrong with it, only it can fail."""
         try:
-            data = request.socket.recv(65536, socket.MSG_DONTWAIT)
-            if not data:
-                self.hang_up(request)
-            elif not request.refused:
-                request.received += data
-                if request.is_whole():
-                    self.take(request)
-                else:
-                    self.arrivals.watch(request)
-        except BlockingIOError:
-            self.arrivals.watch(request)
-        except Refused as refused:
-            request.refused = refused
-            self.take(request)
+            complete = False
+            with contextlib.suppress(BlockingIOError):
+                data = request.socket.recv(65536, socket.MSG_DONTWAIT)
+                if not data:
+                    raise ConnectionError("the client has gone")
+                if not request.refused:  # else it still sends
+                    request.received += data
+                    complete = request.is_complete()
+            if complete:
+                self.take(request)
+            else:
+                self.arrivals.watch(request)
         except Exception as error:
             if not isinstance(error, OSError):
                 self.handle_error(request, request.address)
@@ -2959,13 +2973,14 @@ class Server(Listener):
             if self.unanswered.pop(request, None):
                 self.close_request(request.socket)
 
-    def oldest(self, counts=None):
-        """Return the oldest request that may give way, of those that count, if there is one."""
-        firsts = (next(filter(counts, table), None) for table in (self.arrivals, self.waiting))
-        return min(filter(None, firsts), key=lambda one: one.accepted, default=None)
+    def oldest(self, may=lambda request: True):
+        """Return the oldest request that may give way, or None if there is none."""
+        found = [request for table in (self.arrivals, self.waiting)
+                 for request in itertools.islice(filter(may, table), 1)]
+        return min(found, key=lambda request: request.accepted, default=None)
 
     def give_up(self, request):
-        """End a request before it is done; a person is told."""
+        """End a request before it is done; a person whose request is all here is told."""
         if request in self.arrivals:
             self.hang_up(request)
         elif request in self.unanswered:
@@ -3125,10 +3140,11 @@ def log_checks(desk, port):
 
 def print_checks(settings):
     """Print what is fine and what is not; return the exit status."""
-    desk, levels = Desk(settings), set()
+    desk, levels, encoding = Desk(settings), set(), sys.stdout.encoding or "utf-8"
     for level, sentence in checks(desk, settings.port):
         levels.add(level)
-        print(f"{level:8}{sentence}", flush=True)
+        line = f"{level:8}{sentence}".encode(encoding, "backslashreplace")
+        print(line.decode(encoding), flush=True)
     desk.close()
     return 1 if "problem" in levels else 0
 
@@ -3147,7 +3163,7 @@ def health(environ):
 
 
 def file_limit():
-    """Set the soft limit of open files, which is often 1,024, to what we may need; return it."""
+    """Set the soft limit of open files to what we may need, up (it is often 1,024) or down."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     with contextlib.suppress(OSError, ValueError):  # macOS has a limit that it does not tell
@@ -3162,7 +3178,8 @@ def keep_serving(server):
         server.serve_forever()
     finally:
         server.stopped.set()
-        os.kill(os.getpid(), signal.SIGTERM)  # which nobody waits for after a shutdown()
+        # For sigwait() in serve(). After a shutdown() nobody waits for it, and it stays blocked.
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def serve(settings):
