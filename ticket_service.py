@@ -279,7 +279,7 @@ STATUS_TAG = re.compile(f"#(?={TAG_NAME})", re.IGNORECASE)
 
 # A letter or digit: with one beside it, as in x@all, Mattermost sees no mention. But [w@all](u) is
 # one, since it cuts a link's text at a w, looking for www. And from U+0250 on, there are letters
-# that its Unicode may not know. So these do not count as letters here: @all beside them is broken.
+# that its Unicode may not know. So these do not count as letters: we break an @all beside them.
 LETTER = r"[^\W_wW\u0250-\U0010ffff]"
 CHANNEL_MENTION = f"(?<!{LETTER})@(?=(?i:all|channel|here)(?!{LETTER}))"
 # &#64;all is an @all for Mattermost, and so is @&#97;ll.
@@ -287,9 +287,9 @@ REFERENCE = r"&(?=(?i:#x?[0-9a-f]{1,8}|commat);)"
 PING = re.compile(f"{CHANNEL_MENTION}|{REFERENCE}")
 # ![x](url); !\[x](url) is one as well, where it is in the text of a link.
 IMAGE = re.compile(r"!(?=\\*\[)")
-# What may be a definition, [x]: url, also behind >, - or - [ ], and over several lines: a match goes
-# up to the first ] that is neither escaped nor that of a - [ ]. For some programs, it ends at such
-# a ] already: so quote() breaks every ]: in a match.
+# What may be a definition, [x]: url, also behind >, - or - [ ], and over several lines. A match
+# ends at the first ] that is neither escaped nor that of a - [ ]. For some programs, it ends at
+# such a ] already: so quote() breaks every ]: in a match.
 TASK = r"\[[ xX]\](?=\s)"
 DEFINITION = re.compile(rf"^(?:[ \t\xa0>*+\-\d.)]|{TASK})*\[(?:{TASK}|[^\]\\]|\\.)*+(?:\]:)?",
                         re.MULTILINE | re.DOTALL)
@@ -309,7 +309,7 @@ def clean(text):
 
 
 def one_line(text):
-    """Return somebody else's text as it can stand in a log, 300 characters of it."""
+    """Return a text in one line, as a log or a label can hold it: 300 characters at most."""
     return " ".join(clean(text).split())[:300]
 
 
@@ -889,7 +889,8 @@ class Date(Element):
         self.problems += [f"datetime_config: {problem}" for problem in problems]
         for text in (thing[key] for thing in (self.element, config)
                      for key in ("min_date", "max_date") if key in thing):
-            self.problems += [] if meant(time_meant, text) else [f"{text!r} is no date"]
+            if not meant(time_meant, text):
+                self.problems.append(f"{text!r} is no date")
 
     def needs(self):
         yield "problem", (11, 1), "a date; an older one does not show it"
@@ -936,7 +937,7 @@ def read_element(element):
         known.check_default()
         return known
     unknown = Element({name: element[name] for name in Element.keys if name in element})
-    if key == "data_source" or key in unknown.element:  # else it is missing, or no text: a problem
+    if key == "data_source" or key in unknown.element:  # else that is a problem already
         hint = UNSUPPORTED.get(value, f"only {', '.join(kinds)}")
         unknown.problems.append(f"{key} {value!r} is not supported: {hint}")
     return unknown
@@ -1452,7 +1453,7 @@ class State(NamedTuple):
 
 
 def opened_state(seal, submission, form):
-    """Return the state of a submission, if it is ours, of the same user, form, and not too old."""
+    """Return a submission's state; be Sorry if it is not ours, of this user and form, or old."""
     fields = seal.open("state", submission.state) or ()
     state = State(*fields) if len(fields) == len(State._fields) else None
     if not (state and state.user_id == submission.user_id and state.form == form.fingerprint
@@ -1652,7 +1653,8 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         """Return the answer, read to its end; urllib's own do_open() leaves that to the caller."""
         headers, for_proxy, died = dict(req.header_items()), {}, None
         host = urllib.parse.urlsplit(req.full_url).netloc
-        through_tunnel = req.host != host and not req.has_proxy()  # then ProxyHandler has been here
+        # ProxyHandler puts a proxy into req.host; has_proxy() is true only if the URL is http.
+        through_tunnel = req.host != host and not req.has_proxy()
         if through_tunnel and PROXY_LOGIN in headers:
             for_proxy[PROXY_LOGIN] = headers.pop(PROXY_LOGIN)
         if kept := self.take():
@@ -2074,7 +2076,7 @@ class Presses:
     | a press is  | if                                                   | then                   |
     |-------------|------------------------------------------------------|------------------------|
     | not ours    | the seal, the post or its props are not              | nothing is changed     |
-    | outdated    | the ticket has got another status since its button   | who did it is told     |
+    | outdated    | the ticket has got another status since its button   | the person is told who |
     | late        | LateHandler has answered: nothing was changed        | nothing is changed     |
     | answered    | else                                                 | the answer changes it  |
     | true        | the post shows the change, as we read it again       | the thread is told     |
@@ -2246,8 +2248,8 @@ class Tickets:
         dialog.ticket_id, dialog.post_id = made["props"]["ticket_id"], made["id"]
         dialog.posted = fingerprint(made["props"]["ticket"].get("answers"))
         # reply_count is right if Mattermost returns a post for a pending_post_id that it knows. In
-        # the list that earlier() reads, it is 0.
-        dialog.has_reply = dialog.has_reply or bool(made.get("reply_count"))
+        # the list that earlier() reads, it is 0: so that looks for replies itself.
+        dialog.has_reply |= bool(made.get("reply_count"))
         log.info("ticket=%s user=%s channel=%s post=%s", dialog.ticket_id, dialog.asked.user_name,
                  dialog.channel_id, dialog.post_id)
 
@@ -2667,8 +2669,8 @@ class Request:
 class Handler(http.server.BaseHTTPRequestHandler):
     """Gives one answer to one request that is all here, or that is refused, and closes.
 
-    So no request can hide behind another, no thread waits for a client, and Mattermost loses no
-    POST on a connection that is just being closed.
+    So no request can hide behind another, no thread waits for one to arrive, and Mattermost loses
+    no POST on a connection that is just being closed.
     """
 
     server: "Server"
@@ -2816,8 +2818,8 @@ class Server(Listener):
 
     One loop, serve_forever(), owns every connection until its request is whole. It takes what has
     arrived, judges the head as soon as it is there, and answers health checks and refusals itself:
-    a short answer to a new connection can't block. A whole request waits for a free thread, and a
-    thread waits for nobody but Mattermost.
+    a short answer to a new connection can't block. A whole request waits for a free thread, which
+    waits for Mattermost, and for other requests about the same ticket.
 
     `unanswered` has each whole or refused request. Whoever takes it out, in one step, answers it:
     its thread or, when it is due, the loop. So a person gets one answer, in time, and nothing below
@@ -2841,7 +2843,7 @@ class Server(Listener):
         self.free_threads = threading.Semaphore(self.most_threads)
         self.arrivals = Arrivals()
         self.unanswered = {}  # requests: keys
-        self.waiting = {}  # of these, the ones for which no thread was free: keys, the oldest first
+        self.waiting = {}  # of these, the ones that no thread has taken: keys, the oldest first
         self.next_look = 0.0
         self.stopping, self.stopped = threading.Event(), threading.Event()
         super().__init__(address, port, Handler)
@@ -2880,8 +2882,8 @@ class Server(Listener):
             else:
                 self.receive(key.data)
         self.begin()
-        if time.monotonic() > self.next_look:
-            self.look(time.monotonic())
+        if (now := time.monotonic()) > self.next_look:
+            self.look(now)
 
     def look(self, now):
         """End what has taken too long, or takes too much memory."""
@@ -2953,7 +2955,7 @@ class Server(Listener):
         while self.waiting and self.free_threads.acquire(blocking=False):
             request = next(iter(self.waiting))
             del self.waiting[request]
-            with contextlib.suppress(RuntimeError):  # no new thread can start: an old one takes it
+            with contextlib.suppress(RuntimeError):  # no thread could start, but it is queued
                 self.threads.submit(self.work_on, request)
 
     def work_on(self, request):
