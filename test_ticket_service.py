@@ -1297,12 +1297,19 @@ class CommandTest(Case):
 
     def test_a_name_server_that_says_nothing_is_not_waited_for(self):
         gate = self.gate()
-        self.look_up(lambda *_: gate.wait(30))
+
+        def says_nothing(*_, **__):
+            gate.wait(30)
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+        self.look_up(says_nothing)
         self.limit(answer_within=0.1)
         self.assert_given_back(self.mattermost.run_command(TYPED), ticket_service.FORM_NOT_OPENED)
-        self.service.follow_up_within = 0.1
+        self.service.follow_up_within = 0
         self.service.shutdown()  # which does not wait for it either
         self.assertFalse(gate.is_set())
+        gate.set()
+        self.assert_logged("WARNING POST /ticket, after a late answer: ")
 
     def test_a_mattermost_whose_first_address_is_dead_is_reached_at_the_next(self):
         silent = socket.create_server(("127.0.0.2", self.mattermost.server_port), backlog=0)
@@ -1315,7 +1322,7 @@ class CommandTest(Case):
         self.look_up(lambda host, port, *_, **__: [
             (socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, port))
             for address in ("127.0.0.2", "127.0.0.1")])
-        self.limit(timeout=0.3)
+        self.limit(timeout=0.2)
         for number in (1, 2):
             self.assertEqual(self.mattermost.run_command(), "")
             self.assertEqual(len(self.mattermost.dialogs), number)
@@ -1523,7 +1530,7 @@ class SubmissionTest(Case):
             gate.set()
 
         self.mattermost.run_command()
-        self.limit(timeout=0.3)
+        self.limit(timeout=0.2)
         self.mattermost.script("POST /posts", waits(gate), opens_the_gate)
         self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
         self.replies()
@@ -2602,7 +2609,7 @@ class EdgeTest(WireCase):
             target=lambda: answers.append(self.mattermost.submit_dialog(answers_to())))
         submitting.start()
         self.eventually(lambda: self.mattermost.made("POST /posts"), "the post")
-        self.service.stop_within = 0.4
+        self.service.stop_within = 0.3
         stopping = threading.Thread(target=self.service.shutdown)
         stopping.start()
         with self.assertRaises(ConnectionError):  # as soon as nobody listens any more
@@ -2749,7 +2756,7 @@ class ClockTest(WireCase):
 
     def test_who_was_told_that_nothing_was_changed_is_told_the_truth(self):
         chance, told = random.Random(3), collections.Counter()
-        for number in range(24):
+        for number in range(16):
             self.limit(answer_within=chance.uniform(0, 0.02))
             self.mattermost.script("GET /posts/", slow(0.01))
             before = self.root["props"]["ticket"]["status_at"]
@@ -2762,7 +2769,7 @@ class ClockTest(WireCase):
                 self.assertEqual(self.press((ALICE, BOB)[number % 2]), "")
         self.assertEqual(len(told), 2, told)
         self.service.shutdown()
-        self.assertEqual(len(self.mattermost.replies()), 25)
+        self.assertEqual(len(self.mattermost.replies()), 17)
 
     def test_a_late_answer_does_not_wait_for_a_client_that_does_not_read(self):
         gate = self.gate()
@@ -2798,7 +2805,7 @@ class ClockTest(WireCase):
         gate = self.gate()
         self.mattermost.keeps = False
         self.mattermost.script("POST /actions/", waits(gate))
-        self.limit(answer_within=0.1, timeout=0.5)
+        self.limit(answer_within=0.05, timeout=0.2)
         self.assertEqual(self.mattermost.run_command(TYPED), self.late["/ticket"])
         self.assert_logged("WARNING 127.0.0.1 POST '/ticket' 200 there was no answer within 0 s")
         self.assert_logged("WARNING POST /ticket, after a late answer: no answer of .*timed out")
@@ -2854,7 +2861,7 @@ class KeptConnectionTest(Case):
     def test_silence_is_not_waited_for_twice(self):
         gate = self.gate()
         self.call_at_once(2)
-        self.limit(timeout=0.3)
+        self.limit(timeout=0.1)
         self.mattermost.script("GET /users/me", waits(gate))
         with self.assertRaises(ticket_service.MattermostError):
             self.call()
@@ -3249,12 +3256,11 @@ class FormTest(FormCase):
 
     def test_a_very_long_text_is_looked_through_in_no_time(self):
         area = next(one for one in self.service.desk.form.elements if one.name == "area")
-        pieces = ("`", "```\n", "~~~", "[", "![", "](", "]:", " ", "\n", ">", "[\n", "\\]",
-                  "@all", "&#")
+        pieces = ("`", "```\n", "[", "![", "](", "]:", " ", "\n", "[\n", "\\]", "@all")
         began = time.process_time()
         for piece, other in itertools.product(pieces, repeat=2):
             area.markdown(ticket_service.clean((piece * 4000 + other * 4000)[:16_000]), {})
-        self.assertLess(time.process_time() - began, 5)  # 196 texts, of 3 ms on an idle machine
+        self.assertLess(time.process_time() - began, 5)  # 121 texts, of 3 ms on an idle machine
 
     def test_a_ticket_that_is_too_long_is_told_by_how_much(self):
         self.start_with_form({"title": "Long",
@@ -3500,7 +3506,7 @@ class ChoiceTest(FormCase):
                 ([""], ticket_service.REQUIRED), (["1", "3"], ticket_service.NOT_AN_OPTION),
                 ("1,3", ticket_service.NOT_AN_OPTION), ("3", ticket_service.NOT_AN_OPTION),
                 ([["1"]], ticket_service.NOT_AN_OPTION), ({}, ticket_service.NOT_AN_OPTION),
-                ("1,x" * 100_000, ticket_service.NOT_AN_OPTION)):
+                ("1,x" * 20_000, ticket_service.NOT_AN_OPTION)):
             with self.subTest(str(value)[:20]):
                 self.assertEqual(self.mattermost.submit_dialog({"x": value}),
                                  {"errors": {"x": sentence}})
@@ -4652,7 +4658,7 @@ class DemoTest(Case):
                          ["good morning"])
 
     def test_each_failure_keeps_the_dialog_open_and_ends_with_its_switch(self):
-        self.limit(patience=0, timeout=0.3)
+        self.limit(patience=0, timeout=0.2)
         self.mattermost.keeps = False
         for failure in FAILURES:
             with self.subTest(failure):
