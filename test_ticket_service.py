@@ -166,7 +166,7 @@ class Case(unittest.TestCase):
                        "SLASH_TOKEN": SLASH_TOKEN, "CALLBACK_URL": CALLBACK_URL, "PORT": "0"}
         return {**environment, **self.environment, **changes}
 
-    def start_service(self, files=1024, threads=512, **changes):
+    def start_service(self, files=1024, threads=128, **changes):
         """Return a running server; the stand-in's people use the one that was started last."""
         settings = ticket_service.Settings.from_environment(self.settings(**changes))
         desk = ticket_service.Desk(settings)

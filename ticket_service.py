@@ -2835,7 +2835,7 @@ class Server(Listener):
     stop_within = 1  # second, in which requests that are on their way have to be here
     follow_up_within = 20  # seconds after the last answer, at a stop
 
-    def __init__(self, desk, address, port, files=1024, threads=512):
+    def __init__(self, desk, address, port, files=1024, threads=128):
         """Listen; `files` is how many may be open, `threads` how many requests are worked on."""
         self.desk = desk
         self.most_requests, self.most_threads = min(4096, files // 3), min(threads, files // 4)
@@ -2876,7 +2876,8 @@ class Server(Listener):
 
     def serve(self, seconds):
         """Deal with all that arrives within some seconds, and with all that is due."""
-        for key, _ in self.arrivals.selector.select(seconds):
+        # A thread does not tell when it is free: so this looks, while requests wait for one.
+        for key, _ in self.arrivals.selector.select(0.01 if self.waiting else seconds):
             if key.fileobj is self.socket:
                 self.accept()
             else:
