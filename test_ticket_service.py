@@ -602,9 +602,11 @@ class StandIn(http.server.ThreadingHTTPServer):
         self.connections += 1
         if self.tls:  # in the thread of the connection, so that a bad handshake stops nobody else
             request = self.tls.wrap_socket(request, server_side=True)
-        with request:
-            self.open.add(request)
-            super().finish_request(request, client_address)
+        self.open.add(request)
+        try:
+            with request:
+                super().finish_request(request, client_address)
+        finally:
             self.open.discard(request)
 
     def hang_up(self):
