@@ -40,6 +40,7 @@ import tempfile
 import threading
 import time
 import unittest
+import unittest.mock
 import urllib.parse
 from pathlib import Path
 
@@ -1341,6 +1342,10 @@ class CommandTest(Case):
                 (f"//mm.test:8443{path}",
                  f"http://mm.test:8443{path}, so MATTERMOST_URL may have to be http://mm.test:8443$"),
                 ("http://[", "but not as Mattermost does: is MATTERMOST_URL right"),
+                *((to, "but not as Mattermost does: is MATTERMOST_URL right")
+                  for to in ("", "?a=b", f"{self.mattermost.url}{path}", path)),
+                (f"ftp://mm.test{path}", f"ftp://mm.test{path}: is MATTERMOST_URL right"),
+                (f"http://mm.test/a b{path}", f"http://mm.test/a b{path}: is MATTERMOST_URL right"),
                 ("https://mm.test/" + "x" * 9999, "but not as Mattermost does: it leads to")):
             with self.subTest(location[:50]):
                 self.mattermost.script("POST /actions/", http_answer(
@@ -1478,6 +1483,10 @@ class SubmissionTest(Case):
                 r"mattermost\.test \(through the proxy 127\.0\.0\.1:9: is NO_PROXY meant\?\)")
         self.assertNotIn("secret", "".join(self.log.lines))
 
+    def test_a_blank_proxy_is_none(self):
+        self.start_behind_proxy(self.mattermost.url, " ")
+        self.assertEqual(self.mattermost.run_command(), "")
+
     def test_a_proxy_that_refuses_is_told(self):
         for status, sentence in ((403, ticket_service.IN_BETWEEN.format(status=403)),
                                  (503, ticket_service.FORM_NOT_OPENED)):
@@ -1612,6 +1621,17 @@ class SubmissionTest(Case):
         [root] = self.mattermost.roots()
         self.assertIn(root["props"]["ticket_id"], self.mattermost.ephemeral[0][2])
 
+    def test_a_ticket_whose_kept_connection_died_is_looked_for_before_it_is_made_again(self):
+        def restarts(handler, work):
+            loses_the_answer(handler, work)
+            self.mattermost.pending.clear()
+
+        self.mattermost.run_command()
+        self.mattermost.script("POST /posts", restarts)
+        self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+        self.assertEqual(len(self.mattermost.roots()), 1)
+        self.replies()
+
     def test_a_second_attempt_keeps_its_id(self):
         self.limit(patience=0)
         self.mattermost.keeps = False
@@ -1654,7 +1674,17 @@ class SubmissionTest(Case):
         self.replies()
         self.assertEqual(len(self.mattermost.roots()), 1)
         self.assertEqual(self.mattermost.ephemeral, [])
+        self.assert_logged("ticket=.* response hook: not known any more")
         self.assert_logged("WARNING ticket=.* user=alice.*403")
+
+    def test_a_bot_that_left_the_team_before_a_restart_needs_more_than_an_invitation(self):
+        self.mattermost.channels[SECRET].members.add(BOT)
+        self.mattermost.run_command(channel_id=SECRET)
+        self.mattermost.channels[SECRET].members.discard(BOT)
+        self.mattermost.teams = []
+        self.start_service()
+        self.assert_refused(self.mattermost.submit_dialog(answers_to()),
+                            cant_post("not in the team", "submission"))
 
     def test_a_privileged_bot_can_confirm_after_a_restart(self):
         self.mattermost.roles = "system_user system_admin"
@@ -1696,12 +1726,18 @@ class SubmissionTest(Case):
         self.assert_refused(self.mattermost.submit_dialog(answers_to()), ticket_service.NOT_KNOWN)
 
     def test_a_bot_that_can_t_look_for_a_ticket_makes_no_second_one(self):
-        self.mattermost.keeps = False
-        self.mattermost.run_command()
-        self.mattermost.script("POST /posts", loses_the_answer)
-        self.mattermost.script(f"GET /channels/{HELPDESK}/posts", fails(*NO_PERMISSION))
-        self.assert_refused(self.mattermost.submit_dialog(answers_to()), ticket_service.NOT_KNOWN)
-        self.assertEqual(len(self.mattermost.roots()), 1)
+        for number, refuses in enumerate((
+                fails(*NO_PERMISSION), fails(401, "api.context.session_expired.app_error"),
+                http_answer(403, b"<html>"), http_answer(200, b"<html>"),
+                http_answer(302, b"", b"Location: /login\r\n")), 1):
+            self.mattermost.run_command()
+            self.mattermost.script("POST /posts", loses_the_answer)
+            self.mattermost.script(f"GET /channels/{HELPDESK}/posts", refuses)
+            self.assert_refused(
+                self.mattermost.submit_dialog(answers_to()), ticket_service.NOT_KNOWN)
+            self.assertEqual(self.mattermost.submit_dialog(answers_to()), {})
+            self.assertEqual(len(self.mattermost.roots()), number)
+            self.replies(number)
 
     def lose_the_ticket(self):
         """Submit a dialog whose ticket is made, but whose answer is lost for good."""
@@ -2738,6 +2774,29 @@ class ClockTest(WireCase):
         self.service.shutdown()
         self.assertEqual(self.mattermost.calls, called)
 
+    def test_a_late_answer_reads_no_more_than_it_gives_back(self):
+        gate = self.gate()
+        self.start_service(threads=1)
+        self.mattermost.failure = ("", waits(gate))
+        self.limit(answer_within=0.05)
+        for request in (post(), post(b"[", path=b"/ticket/submit"),
+                        post(b"[", path=b"/ticket/action")):
+            self.assert_answer(self.exchange(request), 200)
+
+    def test_a_press_whose_answer_did_not_go_out_is_forgotten(self):
+        gate = self.gate()
+        self.mattermost.script("GET /posts/", waits(gate))
+        action = self.mattermost.buttons(self.root["id"])[STATUSES["taken"].button]
+        body = json.dumps({"user_name": "bob", "post_id": self.root["id"],
+                           "context": action["integration"]["context"]}).encode()
+        with socket.create_connection(self.mattermost.service) as client:
+            client.sendall(post(body, path=b"/ticket/action"))
+            self.eventually(lambda: self.mattermost.made("GET /posts/"), "the call")
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        gate.set()
+        self.assert_logged("POST '/ticket/action' 200")
+        self.assertEqual(self.press(ALICE), "")
+
     def test_a_late_answer_lets_go_of_the_request(self):
         gate = self.gate()
         self.start_service(threads=3)
@@ -2968,7 +3027,6 @@ BAD_ELEMENTS: tuple = (
     ([element(display_name="")], "display_name is missing"),
     ([element(optional="true")], "optional must be true or false"),
     ([element(default=7)], "default must be a text"),
-    ([element(default="abc", max_length=2)], "default 'abc': "),
     ([element(max_length="9")], "max_length must be a whole number"),
     ([element(max_length=9.5)], "max_length must be a whole number"),
     ([element(min_length=True)], "min_length must be a whole number"),
@@ -2990,12 +3048,13 @@ BAD_ELEMENTS: tuple = (
     ([element("select", options=OPTIONS * 2)], "option 3: another one has the same"),
     ([element("select", options=OPTIONS, multiselect=True, default="1,3")], "default '1,3': "),
     ([element("select", options=OPTIONS, multiselect="true")], "multiselect must be true or false"),
-    ([element("radio", options=OPTIONS, multiselect=True)], "multiselect is not one of"),
-    ([element("text", multiselect=True)], "multiselect is not one of"),
+    ([element("radio", options=OPTIONS, multiselect=True)], "multiselect is not supported: only a"),
+    ([element("text", multiselect=True)], "multiselect is not supported: only a select has it"),
     ([element("select", options=[{**OPTIONS[0], "mention": "first"}])],
      "option 1: mention must look like @team-or"),
     ([element("select", options=[{**OPTIONS[0], "mentoin": "@a"}])], "mentoin"),
-    ([element("select", options=OPTIONS, data_source="users")], "options is not one of"),
+    ([element("select", options=OPTIONS, data_source="users")],
+     "options is not supported: only a select without data_source"),
     ([element("select", data_source="people")], "data_source 'people' is not supported: only us"),
     ([element("select", data_source=["users"])], "data_source"),
     ([element("select", data_source="dynamic", data_source_url="http://x")],
@@ -3003,12 +3062,10 @@ BAD_ELEMENTS: tuple = (
     ([element("select", options=OPTIONS, refresh=True)],
      "refresh is not supported: show all elements from the beginning"),
     ([element("text", data_source_url="http://x")], "data_source_url is not supported: let people"),
-    ([element("radio", options=OPTIONS, data_source="users")], "data_source is not one of"),
     ([element("select", data_source="users", default="../x")], "default '../x': "),
     ([element("date", default="soon")], "default 'soon': Please choose a date, such as 2026"),
     ([element("date", default="2026-02-30")], "default '2026-02-30': "),
     ([element("date", min_date="2026-13-01")], "'2026-13-01' is no date"),
-    ([element("date", time_interval=30)], "time_interval is not one of"),
     ([element("datetime", max_date="+3y")], "'+3y' is no date"),
     ([element("datetime", default="2026-11-27T25:00:00Z")], "default '2026-11-27T25:00:00Z': Plea"),
     ([element("datetime", time_interval="30")], "time_interval must be a whole number"),
@@ -3191,6 +3248,9 @@ class FormTest(FormCase):
                 ("a\n```\n```\n\n\n  b\nc", "> a\n\n```\n\n```\n\n>   b\n> c"),
                 ("```\nopen\n\n> @all", "```\nopen\n\n> @all\n```"), ("```", "```\n\n```"),
                 ("```c#\nx\n``` \ny", "```c#\nx\n```\n\n> y"),
+                ("  k: 1\n```\nx\n```\n  k: 2", ">   k: 1\n\n```\nx\n```\n\n>   k: 2"),
+                ("```vm-042\nx\n```", "```\nvm-042\nx\n```"),
+                ("\xa0\xa0```\n\xa0\xa0@all\n\xa0```\nb", "```\n@all\n```\n\n> b"),
                 ("``` disk is full\n  x\n```", "```\ndisk is full\n  x\n```"),
                 ("~~~ a`b\n``` @all\n~~~~", "````\na`b\n``` @all\n````"),
                 ("````\n```\n@all\n```\n````", "````\n```\n@all\n```\n````"),
@@ -3205,7 +3265,8 @@ class FormTest(FormCase):
 
     def test_whatever_is_typed_is_safe_in_prose_and_as_typed_in_code(self):
         pieces = ["a ", "b", "w", "_", "\n", "\n", "\n\n", "\n  ", "\n```\n", "\n~~~ c\n", "\n````",
-                  "`", "@all ", "@here", "&#64;all", "&commat;", "![", "](u) ", "[", "]", "]: u",
+                  "`", "@all ", "@here", "@Channel", "&#64;all", "&#X40;", "&commat;", "![",
+                  "!\\[", "](u) ", "[", "]", "]: u",
                   "\n[x]: u", "\n> [", "!", "\\", "> ", "- ", "#ticket-open ", "\n- [ ] [y]: u"]
         block = re.compile(r"^(`{3,})[\w.+#\u2060-]*\n(.*?)\n\1\n\n", re.MULTILINE | re.DOTALL)
         area = next(one for one in self.service.desk.form.elements if one.name == "area")
@@ -3218,9 +3279,9 @@ class FormTest(FormCase):
                 self.assertEqual(*(re.sub("[^a-z]", "", text) for text in (typed, shown)))
                 self.assertNotIn("#ticket", shown)
                 for quote in re.findall(r"(?m)(?:^> .*\n)+", block.sub("\n", shown)):
-                    self.assertNotRegex(quote, r"(?s)!\[.*\]\(")
-                    self.assertNotRegex(quote, r"(?<![a-vx-z])@(all|here)(?![a-vx-z])")
-                    self.assertNotRegex(quote, "&(#64|commat);")
+                    self.assertNotRegex(quote, r"(?s)!\\*\[.*\]\(")
+                    self.assertNotRegex(quote, r"(?i)(?<![a-vx-z])@(all|channel|here)(?![a-vx-z])")
+                    self.assertNotRegex(quote, "&(#64|#X40|commat);")
                     self.assertNotRegex(quote, r"(?m)^[> -]*(\[ \] )*\[[^]]*\]:")
                 for _, code in block.findall(shown):
                     self.assertIn(*(re.sub("(?m)^[ `~]+|[ `~]+$", "", text.strip())
@@ -3326,11 +3387,14 @@ class FormTest(FormCase):
                         ("text", {"default": "д" * 200, "placeholder": "p" * 151}),
                         ("textarea", {"placeholder": "п" * 3001, "default": "п" * 8000}),
                         ("select", {"options": [{"text": "т" * 3001, "value": "v"}]}))]
+        elements.append(element(name="begun", default="INC-", min_length=8, optional=True))
         self.start_with_form({"title": "Создать заявку в отдел поддержки", "elements": elements})
         self.assertEqual(self.mattermost.run_command(), "")
         _, _, dialog = self.mattermost.dialogs[-1]
         self.assertEqual(dialog["elements"], elements)
         answers = {"text": "д" * 200, "textarea": "п" * 8000, "select": "v"}
+        self.assertEqual(self.mattermost.submit_dialog({**answers, "begun": "INC-"}), {
+            "errors": {"begun": ticket_service.TOO_SHORT.format(limit=8)}})
         self.assertEqual(self.mattermost.submit_dialog(answers), {})
         self.assertEqual(self.mattermost.roots()[0]["props"]["ticket"]["answers"], answers)
 
@@ -3390,6 +3454,12 @@ class ChoiceTest(FormCase):
         self.assertEqual(self.mattermost.calls.count(f"GET /users/{BOB}"), 1)
         self.assertEqual(ticket["names"], {BOB: "bob", QUIET: "quiet", BOT: "ticket-bot"})
         self.assertEqual(self.mattermost.calls.count(f"GET /users/{BOT}"), 1)
+        look_up = f"GET /channels/{HELPDESK}"
+        before = self.mattermost.calls.count(look_up)
+        self.assert_answered(PEOPLE, {"who": BOB, "where": HELPDESK},
+                             "**Who:** @bob\n**Where:** ~helpdesk")
+        # Once after /ticket, and once for the answer.
+        self.assertEqual(self.mattermost.calls.count(look_up), before + 2)
         self.assert_answered(PEOPLE, {"who": ALICE, "all": f"{BOB}, {ALICE},{BOB}"},
                              "**Who:** @alice\n**All:** @bob, @alice",
                              {"who": ALICE, "all": [BOB, ALICE]})
@@ -3429,6 +3499,7 @@ class ChoiceTest(FormCase):
                 ({"who": BOB, "where": SECRET}, {"where": channel}),
                 ({"who": BOB, "where": DIRECT}, {"where": channel}),
                 ({"who": BOB, "where": "y" * 26}, {"where": channel}),
+                ({"who": BOB, "where": BOB}, {"where": channel}),
                 ({"who": BOB, "all": ["x" * 26, BOB, "y" * 26]}, {"all": person}),
                 ({"who": BOB, "all": [BOB, 7]}, {"all": ticket_service.NOT_AN_OPTION}),
                 ({"who": BOB, "all": [new_id() for _ in range(51)]},
@@ -3470,7 +3541,8 @@ class ChoiceTest(FormCase):
                 (QUIET, {BOT, BOB}, {"who": BOB}, [you]),
                 (SECRET, {BOT}, {"who": BOB, "all": [ALICE, BOT]}, [you, "@bob"]),
                 (OTHERS, {BOT}, {"who": ALICE}, [you]),
-                (QUIET, {BOT, ALICE}, {"who": BOB}, ["@bob"])):
+                (QUIET, {BOT, ALICE}, {"who": BOB}, ["@bob"]),
+                (QUIET, {BOT, BOB}, {"who": ALICE, "all": [BOT]}, [you])):
             with self.subTest(channel_id=channel_id, members=members):
                 self.start_with_form(PEOPLE, TICKET_CHANNEL=channel_id)
                 self.mattermost.channels[channel_id or HELPDESK].members = members
@@ -3479,6 +3551,13 @@ class ChoiceTest(FormCase):
                     one if one == you else ticket_service.THEY_ARE_OUTSIDE.format(people=one)
                     for one in said])
                 self.assertEqual(self.mattermost.channels[channel_id or HELPDESK].members, members)
+
+    def test_one_membership_that_can_t_be_read_does_not_keep_the_reporter_s_from_being_told(self):
+        self.start_with_form(PEOPLE, TICKET_CHANNEL=QUIET)
+        self.mattermost.channels[QUIET].members = {BOT}
+        self.mattermost.script(f"GET /channels/{QUIET}/members/{BOB}", fails(503))
+        self.assertEqual(self.file({"who": BOB}), {})
+        self.assertEqual(self.confirmation(), [ticket_service.YOU_ARE_OUTSIDE])
 
     def test_where_membership_can_t_be_read_the_confirmation_is_plain(self):
         self.start_with_form(PEOPLE, TICKET_CHANNEL=QUIET)
@@ -3505,7 +3584,8 @@ class ChoiceTest(FormCase):
         self.mattermost.run_command()
         for value, sentence in (
                 ([], ticket_service.REQUIRED), ("", ticket_service.REQUIRED),
-                ([""], ticket_service.REQUIRED), (["1", "3"], ticket_service.NOT_AN_OPTION),
+                (["", " ", "\u200b", None], ticket_service.REQUIRED),
+                (["1", "3"], ticket_service.NOT_AN_OPTION),
                 ("1,3", ticket_service.NOT_AN_OPTION), ("3", ticket_service.NOT_AN_OPTION),
                 ([["1"]], ticket_service.NOT_AN_OPTION), ({}, ticket_service.NOT_AN_OPTION),
                 ("1,x" * 20_000, ticket_service.NOT_AN_OPTION)):
@@ -3553,6 +3633,17 @@ class ChoiceTest(FormCase):
                              ("+90S", "2027-12-31T23:31"), ("tomorrow", "2028-01-01T00:00")):
             self.assertEqual(ticket_service.time_meant(text, now).isoformat()[:16], moment)
 
+    def test_a_relative_date_means_the_same_when_it_is_submitted_again(self):
+        self.start_with_form({"title": "T", "elements": [element("datetime", default="+2H")]})
+        self.assertEqual(self.file({"x": "+2H"}), {})
+        later = time.time() + 5
+        moment = datetime.datetime.fromtimestamp(later, datetime.UTC)
+        with (unittest.mock.patch.object(ticket_service.time, "time", lambda: later),
+              unittest.mock.patch.object(ticket_service, "utc_now", lambda: moment)):
+            self.assertEqual(self.mattermost.submit_dialog({"x": "+2H"}), {})
+        self.service.shutdown()  # which waits for what is done after the answer
+        self.assertEqual(len(self.mattermost.posts), 2)
+
     def test_what_is_no_date_is_told_at_its_field(self):
         self.start_with_form({"title": "T", "elements": [
             element("date", "day"), element("datetime", "time")]})
@@ -3598,11 +3689,12 @@ class ChoiceTest(FormCase):
             element("select", "several", options=OPTIONS, multiselect=True),
             element("date", "day", optional=True), element("radio", options=OPTIONS, default="1"),
             element("datetime", "time", datetime_config={"location_timezone": "Europe/Berlin"}),
-            element("text", "long", help_text="h" * 151, placeholder="п" * 150)]}
-        several = r"warning +FORM_FILE: element several: Mattermost 11\.0 is needed for multiselect"
-        day, time = (rf"problem +FORM_FILE: element {name}: Mattermost 11\.1 is needed for a date"
+            element("text", "long", help_text="h" * 151, placeholder="п" * 150, time_interval="x"),
+            element("text", "begun", default="INC-", min_length=8)]}
+        several = r"warning +FORM_FILE: element several: multiselect needs Mattermost 11\.0: with"
+        day, time = (rf"problem +FORM_FILE: element {name}: a date needs Mattermost 11\.1: an older"
                      for name in ("day", "time"))
-        config = r"warning +FORM_FILE: element time: Mattermost 11\.6 is needed for datetime_config"
+        config = r"warning +FORM_FILE: element time: datetime_config needs Mattermost 11\.6$"
         for version, expected in (("9.4.0", [several, day, time, config]),
                                   ("10.12.3", [several, day, time, config]),
                                   ("11.0.0", [day, time, config]), ("11.1.0", [config]),
@@ -3616,9 +3708,11 @@ class ChoiceTest(FormCase):
                     self.assertRegex(line, one)
         for note in ("state is dropped: it is for the service", "notify_on_cancel is dropped",
                      "title has 25 characters: .* logs more than 24",
-                     "element x: default: Mattermost", "element long: help_text has 151 char"):
+                     "element x: default: Mattermost", "element long: help_text has 151 char",
+                     "element long: time_interval is dropped: it says nothing about a text",
+                     "element begun: default: people have to change it, to 8 characters at least"):
             self.assertTrue(any(re.match(f"note +FORM_FILE: {note}", line) for line in lines), note)
-        self.assertEqual(sum("FORM_FILE" in line for line in lines), 5)
+        self.assertEqual(sum("FORM_FILE" in line for line in lines), 7)
 
     def check_lines(self, form):
         """Return what --check prints, with a form."""
@@ -3688,6 +3782,7 @@ class SettingsTest(unittest.TestCase):
                 ("CALLBACK_URL", "tickets:8080", "'tickets:8080': must be a URL"),
                 ("MATTERMOST_URL", "http://me:secret@h", "'http://…@h': must be a URL"),
                 ("MATTERMOST_URL", "http://me:se/secret@h", "'http://…@h': "),
+                ("MATTERMOST_URL", "me:secret@h", "'…@h': "),
                 ("SSL_CERT_FILE", "/nowhere", "'/nowhere': can't be used: "),
                 ("FORM_FILE", "/nowhere", "'/nowhere': can't be read: No such file")):
             with self.subTest(name), self.assertRaises(ticket_service.SettingsError) as caught:
@@ -3698,6 +3793,9 @@ class SettingsTest(unittest.TestCase):
             with self.assertRaises(ticket_service.SettingsError) as caught:
                 self.read(**{name: "s3cret!"})
             self.assertNotIn("s3cret", str(caught.exception))
+            with self.assertRaises(ticket_service.SettingsError) as caught:
+                self.read(**{name: "", f"{name}_FILE": "s3cret"})
+            self.assertRegex(str(caught.exception), f"^{name} of {name}_FILE: can't be read")
 
     def test_a_blank_setting_is_not_set(self):
         optional = [name for name in ticket_service.SETTINGS if name not in self.required]
@@ -3949,6 +4047,9 @@ class ProcessTest(Case):
             _, lines = self.check()
             self.assertEqual(any(re.match(f"note +MATTERMOST_URL: Collapsed.*{threads}", line)
                                  for line in lines), noted)
+        self.mattermost.roles = "system_user system_post_all"  # which does not see the channel
+        self.assertTrue(self.assert_checked("note +TICKET_CHANNEL: .*people have to join it",
+                                            TICKET_CHANNEL=OTHERS))
 
     def test_check_says_what_is_wrong(self):
         self.mattermost.channels[SECRET].members.add(BOT)
@@ -3958,14 +4059,15 @@ class ProcessTest(Case):
                  "problem +MATTERMOST_URL: .*404, but not as Mattermost does"),
                 ({"BOT_TOKEN": "wrong"}, "problem +BOT_TOKEN: .*401.*Token ID"),
                 *(({"TICKET_CHANNEL": channel_id},
-                   f"problem +TICKET_CHANNEL: {re.escape(cant_post(obstacle, 'admin'))}$")
+                   f"problem +TICKET_CHANNEL: {channel_id}: "
+                   f"{re.escape(cant_post(obstacle, 'admin'))}$")
                   for channel_id, obstacle in ((OTHERS, "not a member"), (DIRECT, "direct"),
                                                (ARCHIVED, "archived"), ("x" * 26, "unknown")))):
             with self.subTest(complaint):
                 self.assertFalse(self.assert_checked(complaint, **changes))
         self.mattermost.permissions["channel_user"] = []
         sentence = re.escape(cant_post("read only", "admin"))
-        self.assertFalse(self.assert_checked(f"problem +TICKET_CHANNEL: {sentence}$",
+        self.assertFalse(self.assert_checked(f"problem +TICKET_CHANNEL: {QUIET}: {sentence}$",
                                              TICKET_CHANNEL=QUIET))
         self.mattermost.teams = []
         self.assertFalse(self.assert_checked("problem +BOT_TOKEN: .*no team"))
@@ -3996,10 +4098,15 @@ class ProcessTest(Case):
 
     def test_a_running_service_is_asked_at_its_callback_url(self):
         port = self.service.server_port
+        moved = self.start_stand_in()
+        moved.failure = ("GET /health", http_answer(
+            301, b"", b"Location: https://me:typed@tickets.test/health?x\r\n"))
         for callback_url, expected in (
                 (f"http://127.0.0.1:{port}", "ok +CALLBACK_URL: the service answers"),
                 (f"http://127.0.0.1:{port}/sub", "warning +CALLBACK_URL: .*answers .404"),
-                (self.mattermost.url, "warning +CALLBACK_URL: .*another program"),
+                (self.mattermost.url, "warning +CALLBACK_URL: .*another program answers .401.$"),
+                (moved.url, "warning +CALLBACK_URL: .*another program answers .301., and leads "
+                            "to https://tickets.test/health$"),
                 ("http://127.0.0.1:9", "warning +CALLBACK_URL: .*refused"),
                 (f"https://127.0.0.1:{port}", "warning +CALLBACK_URL: .*SSL")):
             self.assertTrue(self.assert_checked(expected, PORT=str(port),
@@ -4110,7 +4217,7 @@ class FilesTest(unittest.TestCase):
         self.assertEqual({type(element) for element in form.elements}, {
             *ticket_service.TYPES.values(), *ticket_service.DATA_SOURCES.values()})
         names = {one: ticket_service.Name("x", "@x", True) for one in (BOB, QUIET)}
-        answers, errors = form.answers_in(answers_to(json.loads(text)))
+        answers, errors = form.answers_in(answers_to(json.loads(text)), time.time())
         self.assertEqual(errors, {})
         self.assertEqual(form.markdown(answers, names).count("**"), 2 * len(form.elements))
 

@@ -245,7 +245,7 @@ PRESS_AGAIN = "Mattermost does not answer; nothing was changed. Press again in a
 NOT_READ = ("Mattermost could not read the ticket; nothing was changed. Please tell your "
             "Mattermost admin.")
 NOT_READABLE = ("The ticket's bot can't read this channel any more; nothing was changed. Invite "
-                "it again, then press again.")
+                "it again (first to the team, if it is not in it), then press again.")
 
 # In the form, under a field.
 REQUIRED = "Please fill in this field."
@@ -293,19 +293,23 @@ IMAGE = re.compile(r"!(?=\\*\[)")
 TASK = r"\[[ xX]\](?=\s)"
 DEFINITION = re.compile(rf"^(?:[ \t\xa0>*+\-\d.)]|{TASK})*\[(?:{TASK}|[^\]\\]|\\.)*+(?:\]:)?",
                         re.MULTILINE | re.DOTALL)
-FENCE = re.compile(r"([ \t]*)(`{3,}+(?=[^`]*$)|~{3,})(.*)")  # a line: blanks, marks, what follows
-LANGUAGE = re.compile(r"[\w.+#-]*")
+# A line: blanks (no-break spaces, too, as in the web clients), marks, and what follows.
+FENCE = re.compile(r"([ \t\xa0]*)(`{3,}+(?=[^`]*$)|~{3,})(.*)")
+LANGUAGE = re.compile(r"[A-Za-z]*[+#]*")  # of the code between fences: as c++
 
 
 def without_blank_ends(text):
-    """Return a text without blanks at its ends; but the first of several lines stays indented."""
-    text = re.sub(r"\A\s*\n", "", text).rstrip()
-    return text if "\n" in text else text.strip()
+    """Return a text without blank lines at its ends, and blanks at its end."""
+    return re.sub(r"\A\s*\n", "", text).rstrip()
 
 
 def clean(text):
-    """Return what a person typed, with plain line ends and without what can't be seen or sent."""
-    return without_blank_ends(UNSEEN.sub("", LINE_ENDS.sub("\n", text)))
+    """Return what a person typed, with plain line ends and without what can't be seen or sent.
+
+    The first of several lines stays indented, as in code.
+    """
+    text = without_blank_ends(UNSEEN.sub("", LINE_ENDS.sub("\n", text)))
+    return text if "\n" in text else text.strip()
 
 
 def one_line(text):
@@ -372,7 +376,7 @@ def ends_code(line, fence):
 
 def typed_code(fence, lines):
     """Return the lines that stood between two fences, in a code block, and an empty line."""
-    blanks, language = re.compile(f"[ \t]{{0,{len(fence[1])}}}"), fence[3].strip()
+    blanks, language = re.compile(f"[ \t\xa0]{{0,{len(fence[1])}}}"), fence[3].strip()
     lines = [blanks.sub("", line, count=1) for line in lines]
     if not LANGUAGE.fullmatch(language):  # but text: nobody would see it behind our fence
         lines, language = [language, *lines], ""
@@ -475,7 +479,12 @@ UNSUPPORTED = {
     "refresh": "show all elements from the beginning",
     "source_url": "show all elements from the beginning",
     "file": "people put files into the ticket's thread",
+    "options": "only a select without data_source, or a radio, has them",
+    "multiselect": "only a select has it",
 }
+# Mattermost takes these for elements of any type, and uses them for those that list them.
+KEYS_OF_SOME_TYPES = ("subtype", "min_length", "max_length", "data_source", "min_date", "max_date",
+                      "time_interval", "datetime_config")
 SUBTYPES = ("text", "email", "number", "tel", "url")
 ID = re.compile("[A-Za-z0-9]{1,64}")  # of anything in Mattermost: what may become part of a URL
 USER_NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)  # a colon in those of shared channels
@@ -550,6 +559,11 @@ def too_long(thing, usual):
                    f"{most}, and a phone may cut it")
 
 
+def utc_now():
+    """Return the time."""
+    return datetime.datetime.now(datetime.UTC)
+
+
 class Name(NamedTuple):
     """What a person or a channel is called, and how a ticket shows it."""
 
@@ -572,22 +586,27 @@ class Element:
 
     def __init__(self, element):
         self.problems: list = []
-        self.element = sound_part(element, self.keys, self.problems)
+        self.idle = [key for key in KEYS_OF_SOME_TYPES if key not in self.keys
+                     and isinstance(element, dict) and element.get(key)]
+        self.element = sound_part(without(element, self.idle) if self.idle else element,
+                                  self.keys, self.problems)
         self.name = self.element.get("name")
         self.label = f"**{untagged(one_line(self.element.get('display_name', '')))}:**"
 
     def check_default(self):
         """Add to `problems` if the default would not be accepted as an answer."""
         if default := clean(self.element.get("default", "")):
-            _, problem = self.read(default)
+            _, problem = self.read(default, utc_now())
             self.problems += [f"default {default!r:.60}: {problem}"] if problem else []
 
     def notes(self):
         """Yield what Mattermost takes, but does not do well."""
+        for key in self.idle:
+            yield f"{key} is dropped: it says nothing about a {self.element['type']}"
         yield from too_long(self.element, self.usual)
 
     def needs(self):
-        """Yield what an older Mattermost does not know: a level, the version that does, and what.
+        """Yield what an older Mattermost lacks: a level, what it is, the version, and a remark.
 
         A "problem" is something that people can't use there.
         """
@@ -597,23 +616,25 @@ class Element:
         """Return the element as Mattermost knows it."""
         return without(self.element, OUR_KEYS)
 
-    def answer_in(self, value):
+    def answer_in(self, value, opened):
         """Return (the answer in a submitted value or None, what is wrong with it or None).
 
-        Clients leave out what was not touched, or send null or ""; a number may come as a text.
+        `opened` is when the form was: a relative date counts from there, so that a form that is
+        submitted twice means the same. Clients leave out what was not touched, or send null or "";
+        a number may come as a text.
         """
         if isinstance(value, (list, dict)):
             return None, self.not_one
         if not isinstance(value, str):
             value = "" if value is None else json.dumps(value)
         text = clean(value) or self.when_empty
-        return self.read(text) if text else self.no_answer()
+        return self.read(text, opened) if text else self.no_answer()
 
     def no_answer(self):
         """Return (None, what is wrong with an empty answer or None)."""
         return None, None if self.element.get("optional") else REQUIRED
 
-    def read(self, text):
+    def read(self, text, opened):
         """Return (the answer in a text that is not empty, what is wrong with it or None)."""
         raise NotImplementedError
 
@@ -643,7 +664,22 @@ class Text(Element):
         if self.least > self.most:
             self.problems.append(f"min_length must not be more than max_length, {self.most}")
 
-    def read(self, text):
+    def check_default(self):
+        if self.default_fits():  # else there is a note: it may be the beginning of an answer
+            super().check_default()
+
+    def notes(self):
+        yield from super().notes()
+        if not self.default_fits():
+            yield (f"default: people have to change it, to {self.least} characters at least, and "
+                   f"{self.most} at most")
+
+    def default_fits(self):
+        """Return whether the default, if there is one, is as long as an answer has to be."""
+        length = len(clean(self.element.get("default", "")))
+        return not length or self.least <= length <= self.most
+
+    def read(self, text, opened):
         problem = None
         if len(text) < self.least:
             problem = TOO_SHORT.format(limit=self.least)
@@ -680,16 +716,16 @@ class Select(Element):
 
     def needs(self):
         if self.element.get("multiselect"):
-            yield "warning", (11, 0), "multiselect; with an older one, people choose one only"
+            yield "warning", "multiselect", (11, 0), ": with an older one, people choose one only"
 
-    def answer_in(self, value):
+    def answer_in(self, value, opened):
         if not (self.element.get("multiselect") and isinstance(value, list)):
-            return super().answer_in(value)
-        chosen = [self.known(clean(one)) if isinstance(one, str) else None
-                  for one in value if one not in (None, "")]
-        return self.choose(chosen)
+            return super().answer_in(value, opened)
+        parts = [clean(one) if isinstance(one, str) else one for one in value]
+        return self.choose([self.known(one) if isinstance(one, str) else None
+                            for one in parts if one not in (None, "")])
 
-    def read(self, text):
+    def read(self, text, opened):
         if self.element.get("multiselect"):  # on a phone, it comes as a text with commas
             return self.choose(self.known_in(text))
         chosen = self.known(text)
@@ -828,7 +864,7 @@ class Bool(Element):
         if self.element.get("default", "true") not in ("true", "false"):
             self.problems.append('default must be "true" or "false"')
 
-    def read(self, text):
+    def read(self, text, opened):
         if text.lower() not in ("true", "false"):
             return None, self.not_one
         ticked = text.lower() == "true"
@@ -862,10 +898,10 @@ def time_meant(text, now):
     return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
 
 
-def meant(reading, text):
+def meant(reading, text, now):
     """Return what a text means, in UTC where it has no zone; None if it means nothing."""
     with contextlib.suppress(ValueError):
-        return reading(text, datetime.datetime.now(datetime.UTC))
+        return reading(text, now)
     return None
 
 
@@ -889,16 +925,16 @@ class Date(Element):
         self.problems += [f"datetime_config: {problem}" for problem in problems]
         for text in (thing[key] for thing in (self.element, config)
                      for key in ("min_date", "max_date") if key in thing):
-            if not meant(time_meant, text):
+            if not meant(time_meant, text, utc_now()):
                 self.problems.append(f"{text!r} is no date")
 
     def needs(self):
-        yield "problem", (11, 1), "a date; an older one does not show it"
+        yield "problem", "a date", (11, 1), ": an older one does not show it"
         if "datetime_config" in self.element:
-            yield "warning", (11, 6), "datetime_config"
+            yield "warning", "datetime_config", (11, 6), ""
 
-    def read(self, text):
-        day = meant(day_meant, text)
+    def read(self, text, opened):
+        day = meant(day_meant, text, opened)
         return (day.isoformat(), None) if day else (None, self.not_one)
 
 
@@ -908,8 +944,8 @@ class DateTime(Date):
     keys = {**Date.keys, "time_interval": int}
     not_one = NOT_A_TIME
 
-    def read(self, text):
-        moment = meant(time_meant, text)
+    def read(self, text, opened):
+        moment = meant(time_meant, text, opened)
         if not moment:
             return None, self.not_one
         return moment.isoformat(timespec="seconds").replace("+00:00", "Z"), None
@@ -982,10 +1018,10 @@ class Form:
     def needs(self, version):
         """Yield what a version of Mattermost, such as (10, 9), does not know: a level, and what."""
         for element in self.elements:
-            for level, needed, what in element.needs():
+            for level, what, needed, remark in element.needs():
                 if version < needed:
-                    yield level, (f"element {element.name}: Mattermost {needed[0]}.{needed[1]} is "
-                                  f"needed for {what}")
+                    yield level, (f"element {element.name}: {what} needs Mattermost "
+                                  f"{needed[0]}.{needed[1]}{remark}")
 
     def prefilled(self, text):
         """Return the dialog with a text in its first textarea, and whether all of it found room."""
@@ -998,11 +1034,15 @@ class Form:
                 return {**self.dialog, "elements": elements}, default == text
         return self.dialog, not text
 
-    def answers_in(self, submission):
-        """Return the answers in a submission, and what is wrong with them; both by element name."""
+    def answers_in(self, submission, opened):
+        """Return the answers in a submission, and what is wrong with them; both by element name.
+
+        `opened` is when the form was, in seconds since 1970.
+        """
         answers, errors = {}, {}
+        opened = datetime.datetime.fromtimestamp(opened, datetime.UTC)
         for element in self.elements:
-            answer, problem = element.answer_in(submission.get(element.name))
+            answer, problem = element.answer_in(submission.get(element.name), opened)
             if problem:
                 errors[element.name] = problem
             elif answer is not None:
@@ -1149,12 +1189,15 @@ def read_setting(environ, name):
     if setting.in_file and (path := environ.get(f"{name}_FILE", "").strip()):
         if text:
             raise ValueError(f"is given twice: as {name} and as {name}_FILE")
+        # Where the file of a secret is named, somebody may have put the secret itself.
+        file = f"of {name}_FILE" if setting.secret and "/" not in path else (
+            f"of {name}_FILE {path!r}")
         try:
             text = text_of_file(path, 100_000).strip()
         except ValueError as error:
-            raise ValueError(f"of {name}_FILE {path!r}: {error}") from error
+            raise ValueError(f"{file}: {error}") from error
         if not text:
-            raise ValueError(f"of {name}_FILE {path!r}: is empty")
+            raise ValueError(f"{file}: is empty")
     if not text and setting.default is None:
         raise ValueError(f"is missing: {setting.meaning}")
     try:
@@ -1162,7 +1205,7 @@ def read_setting(environ, name):
     except ValueError as error:
         if setting.secret:
             raise
-        shown = re.sub("//.*@", "//\u2026@", text)[:200]  # without user name and password
+        shown = re.sub(r"(\w+://)?.*@", "\\1\u2026@", text)[:200]  # without user name and password
         raise ValueError("\n".join(
             f"{shown!r}: {line}" for line in str(error).splitlines())) from error
 
@@ -1365,6 +1408,7 @@ class Submission:
     """
 
     user_id: str
+    team_id: str
     state: str
     answers: dict
     cancelled: bool
@@ -1376,7 +1420,8 @@ class Submission:
         if fields.get("type") not in (None, "", "dialog_submission"):  # a look-up or a refresh
             fields = {}
         answers = fields.get("submission")
-        return cls(matching(ID, fields.get("user_id")), matching(PRINTABLE, fields.get("state")),
+        user_id, team_id = (matching(ID, fields.get(name)) for name in ("user_id", "team_id"))
+        return cls(user_id, team_id, matching(PRINTABLE, fields.get("state")),
                    answers if isinstance(answers, dict) else {}, fields.get("cancelled") is True)
 
 
@@ -1569,21 +1614,32 @@ def unanswered_call(error, peer):
         connected=connected, hopeless=bool(HOPELESS.search(str(cause))))
 
 
-def redirect_hint(answer, url):
-    """Return what a redirect says of MATTERMOST_URL, when a URL of the API was asked for."""
-    path = urllib.parse.urlsplit(url).path
+def redirected_to(answer, url):
+    """Return the URL that an answer leads to from another one, without what may be secret.
+
+    "" if it leads nowhere, or back to where it was asked for.
+    """
     try:
         target = urllib.parse.urlsplit(
             urllib.parse.urljoin(url, answer.headers.get("Location", "")))
     except ValueError:  # it is no URL
         return ""
     host = target.netloc.rpartition("@")[2]  # without user name and password
-    leads_to = f"it leads to {target.scheme}://{host}{target.path}"
+    found = f"{target.scheme}://{host}{target.path}"
+    return "" if found == url.partition("?")[0] else found
+
+
+def redirect_hint(answer, url):
+    """Return what a redirect says of MATTERMOST_URL, when a URL of the API was asked for."""
+    if not (target := redirected_to(answer, url)):
+        return ""
+    path = url.partition("?")[0]
     api = path[path.find("/api/v4/"):]
-    if not target.path.endswith(api):
-        return f"{leads_to}: is MATTERMOST_URL right?"
-    right = target.path.removesuffix(api)
-    return f"{leads_to}, so MATTERMOST_URL may have to be {target.scheme}://{host}{right}"
+    with contextlib.suppress(ValueError):  # it could not be MATTERMOST_URL
+        if target.endswith(api):
+            right = read_url(target.removesuffix(api), api)
+            return f"it leads to {target}, so MATTERMOST_URL may have to be {right}"
+    return f"it leads to {target}: is MATTERMOST_URL right?"
 
 
 def refused_call(answer, url, peer):
@@ -1611,9 +1667,10 @@ def refused_call(answer, url, peer):
 
 
 class Call(urllib.request.Request):
-    """A request to Mattermost, and how many bytes of its answer are read at most."""
+    """A request to Mattermost."""
 
-    limit: int
+    limit: int  # bytes of its answer that are read at most
+    may_repeat: bool  # whether it may be sent twice
 
 
 class Answer(NamedTuple):
@@ -1639,8 +1696,8 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     """Opens http and https URLs on connections that are kept for the next call.
 
     A new TLS connection costs more time than all else in a call. One that dies may have brought
-    its request: nearly all of ours may be repeated (a GET, a dialog, a hook, a post with a
-    pending_post_id), and an ephemeral post that is seen twice does no harm.
+    its request. Nearly all of ours may be sent again at once: a GET, a dialog, and what only one
+    person sees. But a Mattermost that has just been restarted would make a post twice.
     """
 
     most, longest = 64, 10  # idle connections, and for how many seconds they are kept
@@ -1651,7 +1708,7 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
     def do_open(self, http_class, req, **http_conn_args):
         """Return the answer, read to its end; urllib's own do_open() leaves that to the caller."""
-        headers, for_proxy, died = dict(req.header_items()), {}, None
+        headers, for_proxy = dict(req.header_items()), {}
         host = urllib.parse.urlsplit(req.full_url).netloc
         # ProxyHandler puts a proxy into req.host; has_proxy() is true only if the URL is http.
         through_tunnel = req.host != host and not req.has_proxy()
@@ -1663,8 +1720,9 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
             except TimeoutError:
                 self.close()  # the others may be as dead
                 raise
-            except (OSError, http.client.HTTPException) as error:
-                died = error
+            except (OSError, http.client.HTTPException):
+                if not req.may_repeat:
+                    raise
         connection = http_class(req.host, timeout=req.timeout, **http_conn_args)
         if through_tunnel:
             connection.set_tunnel(host, headers=for_proxy)
@@ -1672,8 +1730,7 @@ class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
             connection.connect()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            # If a kept connection died, that one may have brought the request.
-            raise (died or NotConnected(error)) from error
+            raise NotConnected(error) from error
         return self.exchange(connection, req, headers)
 
     def exchange(self, connection, request, headers):
@@ -1733,7 +1790,7 @@ class Mattermost:
                         "Content-Type": "application/json",
                         "User-Agent": USER_AGENT}
         url = urllib.parse.urlsplit(self.url)
-        proxy = urllib.request.getproxies().get(url.scheme, "")
+        proxy = urllib.request.getproxies().get(url.scheme, "").strip()
         if proxy and urllib.request.proxy_bypass(url.netloc):
             proxy = ""
         self.peer = url.netloc  # who is asked, for the log
@@ -1754,7 +1811,7 @@ class Mattermost:
         """Return the body of an answer that means success."""
         data = None if payload is None else json_bytes(payload)
         request = Call(self.url + path, data, self.headers, method=method)
-        request.limit = limit
+        request.limit, request.may_repeat = limit, path != "/api/v4/posts"
         try:
             answer = self.opener.open(request, timeout=self.timeout)
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -2297,13 +2354,16 @@ class Tickets:
         """Return the post that an earlier try of the same dialog may have made, or None."""
         if not dialog.look_since:
             return None
-        posts, since = [], dialog.look_since - self.clocks_differ
+        since = dialog.look_since - self.clocks_differ
         try:
             posts = self.mattermost.get_channel_posts(dialog.channel_id, since * 1000)
-        except NotAllowed as error:  # a bot that may post everywhere may not read everywhere
-            if dialog.ticket_id:  # else we have started anew, and most dialogs were not submitted
+            me = self.mattermost.get_me()["id"]
+        except MattermostError as error:
+            if dialog.ticket_id and not error.may_pass:  # we have tried, and can't see the outcome
                 raise Sorry(NOT_KNOWN, log=error) from error
-        me = self.mattermost.get_me()["id"]
+            if isinstance(error, NotAllowed):  # a bot that may post everywhere may not read there
+                return None  # most dialogs that we have forgotten were not submitted before
+            raise
         by_bot = [post for post in posts if isinstance(post, dict)
                   and post.get("user_id") == me and not post.get("delete_at")]
         for post in by_bot:
@@ -2369,13 +2429,14 @@ class Directory:
         """
         names: dict = {}
         errors = {}
+        find = functools.cache(self.find)  # so that each is asked for once
         for element, answer in answered:
             if not (ids := element.ids(answer)):
                 continue
             is_channel = element.data_source == "channels"
-            team_id = self.find("channels", channel_id).get("team_id") if is_channel else ""
-            for one in [one for one in ids if one not in names]:
-                name = element.name_of(self.find(element.data_source, one), team_id)
+            team_id = find("channels", channel_id).get("team_id") if is_channel else ""
+            for one in ids:
+                name = element.name_of(find(element.data_source, one), team_id)
                 if not name:
                     bot = matching(USER_NAME, self.mattermost.get_me().get("username"))
                     errors[element.name] = element.not_seen.format(bot=bot)
@@ -2457,13 +2518,13 @@ class Desk:
         asked = opened_state(self.seal, submission, self.form)
         self.log_once("CALLBACK_URL works: a form has come back")
         channel_id = self.channels.target(asked.channel_id)
-        answers, names, errors = self.read_answers(submission, channel_id)
+        answers, names, errors = self.read_answers(submission, asked.time, channel_id)
         if errors:
             yield {"errors": errors}
             return
         # One that is not remembered, as it was opened before the last start, may have a ticket.
         dialog = self.dialogs.remember(
-            asked.nonce, Dialog(asked, channel_id, look_since=asked.time))
+            asked.nonce, Dialog(asked, channel_id, submission.team_id, look_since=asked.time))
         with dialog.lock:
             try:
                 self.tickets.file(dialog, answers, names)
@@ -2475,9 +2536,9 @@ class Desk:
             self.confirm(dialog, names)
             self.tickets.begin_thread(dialog)
 
-    def read_answers(self, submission, channel_id):
+    def read_answers(self, submission, opened, channel_id):
         """Return the answers in a submission, a Name for each ID in them, and what is wrong."""
-        answers, errors = self.form.answers_in(submission.answers)
+        answers, errors = self.form.answers_in(submission.answers, opened)
         if errors:
             return answers, {}, errors
         answered = self.form.answered(answers)
@@ -2497,6 +2558,7 @@ class Desk:
             if dialog.hook:
                 self.mattermost.answer_command(dialog.hook, ephemeral(text))
                 return
+            log.info("ticket=%s response hook: not known any more", dialog.ticket_id)
         except MattermostError as error:
             log.warning("ticket=%s response hook: %s", dialog.ticket_id, error)
         try:
@@ -2511,9 +2573,8 @@ class Desk:
         That can be the reporter, where all tickets go to one channel, and people who were chosen.
         """
         reporter = dialog.asked.user_id
-        people = {one: name.markdown for one, name in names.items() if name.is_person}
-        if dialog.channel_id != dialog.asked.channel_id:
-            people[reporter] = ""
+        people = {reporter: ""} if dialog.channel_id != dialog.asked.channel_id else {}
+        people |= {one: name.markdown for one, name in names.items() if name.is_person}
         outside = self.directory.outside(dialog.channel_id, people)
         if reporter in outside:
             outside.remove(reporter)
@@ -2552,13 +2613,15 @@ class Route(NamedTuple):
     react: Callable  # (desk, what Mattermost says) yields the answer, then does what is left
     late: str  # the sentence for a person for whom that takes too long
     sorry: Callable  # (sentence, what Mattermost says or None) -> the answer that holds a sentence
+    gives_back: bool = False  # whether that answer holds what the person typed, too
 
 
 HEALTH = "/health"
 ROUTES = {
     "/ticket": Route(
         BODY_LIMIT, SlashCommand.from_body, Desk.on_slash_command, FORM_NOT_OPENED,
-        lambda sentence, command: given_back(sentence, command.text if command else "")),
+        lambda sentence, command: given_back(sentence, command.text if command else ""),
+        gives_back=True),
     "/ticket/submit": Route(  # the dialog stays open, and says it
         SUBMISSION_LIMIT, Submission.from_body, Desk.on_submission, NOT_REACHED,
         lambda sentence, _: {"error": sentence}),
@@ -2675,7 +2738,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     server: "Server"
     timeout = 10  # seconds for the answer, if the client does not read it
-    note = ""  # for the log
+    note = ""  # what the log has still to say
 
     def setup(self):
         """Take the request from memory: self.request is a Request, and no socket."""
@@ -2705,8 +2768,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         request, reaction = self.request, None
         try:
-            body = bytes(request.received[request.begins:request.ends])
-            request.said = request.said or route.read(body, self.server.desk.settings)
+            request.said = request.said or self.read(route)
             reaction = self.react(route, request.said)
             answer = next(reaction)
         except Refused:
@@ -2718,18 +2780,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.exception("POST %s failed", self.path)
             answer = route.sorry(OUR_FAULT, request.said)
         answered = self.answer(200, answer)
-        if reaction and self.note and not answered:
+        if reaction and self.note:
             log.warning("POST %s, after a late answer: %s", self.path, self.note)
         if reaction:
             with contextlib.suppress(StopIteration):  # so it ends, or has ended by being Sorry
                 reaction.send(answered)
+
+    def read(self, route):
+        """Return what Mattermost says."""
+        body = bytes(self.request.received[self.request.begins:self.request.ends])
+        return route.read(body, self.server.desk.settings)
 
     def react(self, route, said):
         """Return what yields the answer, and then does what is to be done after it."""
         return route.react(self.server.desk, said)
 
     def answer(self, status, payload, *headers):
-        """Send an answer and close; return False, and do nothing, if another handler was first.
+        """Send an answer and close; return whether it went out: not if another handler was first.
 
         In one write: Mattermost 9.4 to 9.7 loses a body that comes later.
         """
@@ -2741,11 +2808,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.server.unanswered.pop(self.request, None):  # in one step, so one is the first
             return False
         self.request.received.clear()
-        with contextlib.suppress(OSError):  # a client that is gone: what was asked for is done
+        sent = False
+        with contextlib.suppress(OSError):  # the client is gone
             self.send(head.encode() + (b"" if self.command == "HEAD" else body))
+            sent = True
         self.log_request(status)
         self.server.end(self.request)
-        return True
+        return sent
 
     def send(self, answer):
         """Send an answer, and wait until the client has taken it."""
@@ -2759,10 +2828,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         level = logging.WARNING if self.note or code != 200 else logging.INFO
         what = f"{self.command[:20]} {self.path[:200]!r}" if self.command else "no HTTP"
         log.log(level, "%s", f"{self.client_address} {what} {code} {self.note}".rstrip())
+        self.note = ""  # it is said
 
 
 class LateHandler(Handler):
     """Answers a person whose request is due, or has to give way: in Server's loop, so at once."""
+
+    def read(self, route):
+        """Read what will be given back: the loop has no time for more."""
+        return super().read(route) if route.gives_back else None
 
     def react(self, route, said):
         """Be sorry."""
@@ -2889,15 +2963,17 @@ class Server(Listener):
     def look(self, now):
         """End what has taken too long, or takes too much memory."""
         self.next_look = now + self.look_every
-        excess = sum(len(one.received) for one in (*self.arrivals, *self.waiting)) - BYTES_LIMIT
-        while excess > 0 and (oldest := self.oldest(lambda one: one.received)):
-            excess -= len(oldest.received)
-            self.give_up(oldest)
         requests = [*self.arrivals, *list(self.unanswered)]  # list() is one step: threads pop, too
         for request in [one for one in requests if one.due < now]:
             self.give_up(request)
             if time.monotonic() > self.next_look:  # the rest at the next look: others wait, too
                 break
+        ends = time.monotonic() + self.look_every
+        excess = sum(len(one.received) for one in (*self.arrivals, *self.waiting)) - BYTES_LIMIT
+        while excess > 0 and time.monotonic() < ends and (
+                oldest := self.oldest(lambda one: one.received)):
+            excess -= len(oldest.received)
+            self.give_up(oldest)
 
     def accept(self):
         """Accept a connection and take what it has sent already; return whether there may be more.
@@ -3014,6 +3090,7 @@ class Server(Listener):
 # ----------------------------------------------------------------------------- 11. The command line
 
 FILES = 16 * 1024  # that the service may open, if the system lets it
+SIGNALS = {signal.SIGTERM, signal.SIGINT}  # that end the service
 LEVELS = {"ok": logging.INFO, "note": logging.INFO,
           "warning": logging.WARNING, "problem": logging.ERROR}
 
@@ -3024,7 +3101,7 @@ def address_of(host, port):
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def illness(url, tls=None):
+def health_fault(url, tls=None):
     """Return why a URL is not that of a service that is well; "" if it is."""
     parts = urllib.parse.urlsplit(url + "/health")
     try:
@@ -3035,7 +3112,11 @@ def illness(url, tls=None):
             connection.request("GET", parts.path, headers={"User-Agent": USER_AGENT})
             answer = connection.getresponse()
             well = answer.status == 200 and answer.read(100) == json_bytes({"status": "ok"})
-            return "" if well else f"another program answers ({answer.status})"
+            if well:
+                return ""
+            target = redirected_to(answer, url + "/health")
+            leads = f", and leads to {target}" if target else ""
+            return f"another program answers ({answer.status}){leads}"
     except (OSError, http.client.HTTPException, ValueError) as error:
         return repr(error)
 
@@ -3048,11 +3129,11 @@ def callback_checks(settings, port):
         yield "warning", f"CALLBACK_URL: {url} is Mattermost's own machine"
     if parts.port and parts.port not in (port, 80, 443):
         yield "warning", f"CALLBACK_URL: its port is {parts.port}, but PORT is {port}"
-    if illness(address_of(settings.listen_address, port)):
+    if health_fault(address_of(settings.listen_address, port)):
         yield "note", "CALLBACK_URL: it can't be checked while the service does not run"
-    elif wrong := illness(url, settings.tls):
+    elif wrong := health_fault(url, settings.tls):
         yield "warning", ("CALLBACK_URL: Mattermost must reach it; from here it does not answer: "
-                          f"{one_line(wrong)}")
+                          f"{url}: {one_line(wrong)}")
     else:
         yield "ok", "CALLBACK_URL: the service answers there, as seen from here"
 
@@ -3110,18 +3191,19 @@ def ticket_channel_checks(desk, me):
     channel_id = desk.settings.ticket_channel
     try:
         if obstacle := desk.channels.obstacle(channel_id, me):
-            yield "problem", f"TICKET_CHANNEL: {CANT_POST[obstacle]['admin'].format(bot=bot)}"
+            yield "problem", (f"TICKET_CHANNEL: {channel_id}: "
+                              f"{CANT_POST[obstacle]['admin'].format(bot=bot)}")
             return
         yield "ok", f"TICKET_CHANNEL: @{bot} can post there"
         channel = {}
         with contextlib.suppress(NotAllowed):  # who may post everywhere may not look everywhere
             channel = desk.mattermost.get_channel(channel_id)
-        if channel.get("type") == "O":
-            yield "note", ("TICKET_CHANNEL: who is not in it is not told of replies to a ticket: "
-                           "people have to join it")
-        else:
+        if channel.get("type") in ("P", "G"):
             yield "warning", ("TICKET_CHANNEL: it is private: people who are not in it can't read "
                               "their tickets, and are not told of replies")
+        else:
+            yield "note", ("TICKET_CHANNEL: who is not in it is not told of replies to a ticket: "
+                           "people have to join it")
     except MattermostError as error:
         yield "warning", f"TICKET_CHANNEL: it can't be looked at: {error}"
 
@@ -3159,7 +3241,7 @@ def health(environ):
     except ValueError as error:
         print(f"LISTEN_ADDRESS or PORT {error}", file=sys.stderr)
         return 1
-    if wrong := illness(url):
+    if wrong := health_fault(url):
         print(f"no answer at {url}: {wrong}", file=sys.stderr)
         return 1
     return 0
@@ -3194,13 +3276,10 @@ def serve(settings):
         log.error("LISTEN_ADDRESS and PORT: %s:%d can't be opened: %s",
                   settings.listen_address, settings.port, error)
         return 1
-    # Blocked before any thread starts, so that sigwait() gets them; nothing else ends a PID 1.
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     threading.Thread(target=keep_serving, args=(server,)).start()
     log.info("listening on port %d", server.server_port)
     threading.Thread(target=log_checks, args=(desk, server.server_port), daemon=True).start()
-    signal.sigwait(signals)
+    signal.sigwait(SIGNALS)
     failed = server.stopped.is_set()
     log.info("stopping")
     server.shutdown()
@@ -3223,6 +3302,9 @@ def main(arguments, environ):
     chosen = parser.parse_args(arguments)
     if chosen.health:
         return health(environ)
+    if not chosen.check:
+        # Early, so that sigwait() in serve() gets them: as PID 1, nothing else would end us.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         settings = Settings.from_environment(environ)
     except SettingsError as error:
