@@ -1306,7 +1306,7 @@ class CommandTest(Case):
             raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
         self.look_up(says_nothing)
-        self.limit(answer_within=0.1)
+        self.limit(answer_within=0.04)
         self.assert_given_back(self.mattermost.run_command(TYPED), ticket_service.FORM_NOT_OPENED)
         self.service.follow_up_within = 0
         self.service.shutdown()  # which does not wait for it either
@@ -2647,7 +2647,7 @@ class EdgeTest(WireCase):
             target=lambda: answers.append(self.mattermost.submit_dialog(answers_to())))
         submitting.start()
         self.eventually(lambda: self.mattermost.made("POST /posts"), "the post")
-        self.service.stop_within = 0.3
+        self.service.stop_within = 0.2
         stopping = threading.Thread(target=self.service.shutdown)
         stopping.start()
         with self.assertRaises(ConnectionError):  # as soon as nobody listens any more
@@ -2718,7 +2718,7 @@ class ClockTest(WireCase):
             with self.subTest(behave.__name__):
                 gate, dialog = self.gate(), len(self.mattermost.dialogs)
                 self.mattermost.run_command()
-                self.limit(answer_within=0.1)
+                self.limit(answer_within=0.04)
                 self.mattermost.failure = ("", behave(gate))
                 self.assertEqual(self.ask(), self.late)
                 self.assertEqual(self.health(), {"status": "ok"})
@@ -2740,7 +2740,7 @@ class ClockTest(WireCase):
             target=lambda: answers.append(self.mattermost.submit_dialog(answers_to())))
         first.start()
         self.eventually(lambda: len(self.mattermost.made("POST /posts")) == 3, "the post")
-        self.limit(answer_within=0.1)
+        self.limit(answer_within=0.04)
         self.assertEqual(self.mattermost.submit_dialog(answers_to()), self.late["/ticket/submit"])
         gate.set()
         first.join()
@@ -2751,7 +2751,7 @@ class ClockTest(WireCase):
     def test_a_form_that_opens_after_its_late_answer_works(self):
         gate = self.gate()
         self.mattermost.script("POST /actions/", waits(gate))
-        self.limit(answer_within=0.1)
+        self.limit(answer_within=0.04)
         self.assertEqual(self.mattermost.run_command(TYPED), self.late["/ticket"])
         gate.set()
         self.eventually(lambda: len(self.mattermost.dialogs) == 2, "the form")
@@ -2766,7 +2766,7 @@ class ClockTest(WireCase):
         first = threading.Thread(target=self.mattermost.run_command)
         first.start()
         self.eventually(lambda: len(self.mattermost.made("POST /actions/")) == 3, "the call")
-        self.limit(answer_within=0.1)
+        self.limit(answer_within=0.04)
         called = list(self.mattermost.calls)
         self.assertEqual(self.ask(), self.late)
         gate.set()
@@ -2778,7 +2778,7 @@ class ClockTest(WireCase):
         gate = self.gate()
         self.start_service(threads=1)
         self.mattermost.failure = ("", waits(gate))
-        self.limit(answer_within=0.05)
+        self.limit(answer_within=0.03)
         for request in (post(), post(b"[", path=b"/ticket/submit"),
                         post(b"[", path=b"/ticket/action")):
             self.assert_answer(self.exchange(request), 200)
@@ -2801,7 +2801,7 @@ class ClockTest(WireCase):
         gate = self.gate()
         self.start_service(threads=3)
         self.mattermost.failure = ("", waits(gate))
-        self.limit(answer_within=0.05)
+        self.limit(answer_within=0.03)
         in_threads(60, lambda _: self.assert_answer(self.exchange(post(FORM + b"x" * 9999)), 200))
         alive = [one for one in gc.get_objects() if isinstance(one, ticket_service.Request)]
         self.assertLess(len(alive), 20)  # three of them are still worked on
@@ -2839,7 +2839,7 @@ class ClockTest(WireCase):
         self.mattermost.script("POST /actions/", waits(gate))
         text = "x" * 200_000
         connections = [self.connect() for _ in range(3)]
-        self.limit(answer_within=0.1)
+        self.limit(answer_within=0.04)
         for connection in connections:  # the first one's thread waits for Mattermost
             connection.sendall(post(FORM + text.encode()))
         self.eventually(lambda: all(map(is_readable, connections)), "the late answers")
@@ -2851,7 +2851,7 @@ class ClockTest(WireCase):
         gate, seen = self.gate(), []
         self.mattermost.run_command()
         self.mattermost.failure = ("", drips(gate))
-        self.limit(answer_within=0.3)
+        self.limit(answer_within=0.2)
         asking = threading.Thread(target=lambda: seen.append(self.ask()))
         asking.start()
         self.eventually(lambda: len(self.mattermost.made("POST /posts")) == 3, "the post")
