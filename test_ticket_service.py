@@ -4403,6 +4403,16 @@ function dateOf(text) {
   return moment.toISOString().slice(0, 10);
 }
 
+// A moment as its input wants it, in the browser's time.
+function timeOf(text) {
+  const [, number, unit] = /^([+-]\d+)([HMS])$/.exec(text) || [];
+  const moment = unit ? new Date(Date.now() + number * {H: 3600, M: 60, S: 1}[unit] * 1000)
+    : new Date(dateOf(text));
+  if (isNaN(moment)) return "";
+  moment.setMinutes(moment.getMinutes() - moment.getTimezoneOffset());
+  return moment.toISOString().slice(0, 16);
+}
+
 function field(element, index) {
   const id = `field-${index}`, text = key => escape(element[key] || "");
   const common = `id="${id}" name="${text("name")}" placeholder="${text("placeholder")}"
@@ -4422,7 +4432,7 @@ ${text("default")}</textarea>`,
       ${text("placeholder")}</label>`,
     date: () => `<input type="date" ${common} ${limits} value="${dateOf(text("default"))}">`,
     datetime: () => `<input type="datetime-local" ${common}
-      value="${text("default").slice(0, 16)}">`,
+      value="${timeOf(text("default"))}">`,
     select: () => `<select ${common} ${element.multiselect ? "multiple"
       : `><option value="">${text("placeholder")}</option`}>
       ${options.map(([label, value]) =>
