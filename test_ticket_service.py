@@ -2854,7 +2854,8 @@ class ClockTest(WireCase):
         self.limit(answer_within=0.2)
         asking = threading.Thread(target=lambda: seen.append(self.ask()))
         asking.start()
-        self.eventually(lambda: len(self.mattermost.made("POST /posts")) == 3, "the post")
+        self.eventually(lambda: [len(self.mattermost.made(call)) for call in (
+            "POST /actions/", "POST /posts", "GET /posts/")] == [3, 3, 1], "the calls")
         self.service.follow_up_within, began = 0, time.monotonic()
         self.service.shutdown()
         self.assertLess(time.monotonic() - began, 8)
