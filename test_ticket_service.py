@@ -1340,7 +1340,8 @@ class CommandTest(Case):
                  "https://mm.test/chat$"),
                 (path + "/", f"{self.mattermost.url}{path}/: is MATTERMOST_URL right"),
                 (f"//mm.test:8443{path}",
-                 f"http://mm.test:8443{path}, so MATTERMOST_URL may have to be http://mm.test:8443$"),
+                 f"http://mm.test:8443{path}, so MATTERMOST_URL may have to be "
+                 "http://mm.test:8443$"),
                 ("http://[", "but not as Mattermost does: is MATTERMOST_URL right"),
                 *((to, "but not as Mattermost does: is MATTERMOST_URL right")
                   for to in ("", "?a=b", f"{self.mattermost.url}{path}", path)),
