@@ -5489,6 +5489,673 @@ class ProcessTest(CommandLineCase):
         self.assertEqual(len(ids), 3)
 
 
+# ------------------------------------------------------------------ set up, export and remind
+
+ON_TERMINAL = """if True:
+    import os, sys, ticket_service
+    os.close(os.open(os.ttyname(0), os.O_RDWR))  # so that it gets what Ctrl-C sends
+    ticket_service.end(ticket_service.main(sys.argv[1:], os.environ))
+"""
+AT, CREATED, CHANGED = 1795425075592, "2026-11-23T09:11:15Z", "2026-11-23T09:12:15Z"
+MINUTE, DAY = 60_000, 24 * 60 * 60_000  # milliseconds, like AT
+
+
+class SetUpTest(CommandLineCase):
+    def setUp(self):
+        super().setUp()
+        self.empty()
+
+    def empty(self, **settings):
+        """Let Mattermost be as it is at first, but for some settings."""
+        self.mattermost.accounts.pop(BOT, None)
+        self.mattermost.teams, self.mattermost.commands, self.mattermost.tokens = [], [], {}
+        self.mattermost.config["ServiceSettings"] = {
+            "EnableBotAccountCreation": False, "EnableCommands": True,
+            "AllowedUntrustedInternalConnections": "", **settings}
+
+    def set_up(self, *teams, typed=None, signs_out=True, **environment):
+        """Return the exit status of --setup, the settings that it prints, and what it says."""
+        person = self.mattermost
+        secrets = "\n".join([person.login_id, person.password, person.mfa_code])
+        person.calls.clear()
+        person.bodies.clear()
+        status, output, said = self.run_main(
+            "--setup", *(teams or ("ops",)), typed=secrets if typed is None else typed,
+            **{"MATTERMOST_URL": person.url, "CALLBACK_URL": CALLBACK_URL, **environment})
+        self.assertNotRegex("\n".join([said, *self.log.lines]),
+                            r"correct|(?<!\w)[a-z0-9]{26}(?!\w)|123456")
+        settings = dict(line.split("=", 1) for line in output.splitlines())
+        self.assertEqual(list(settings), [] if status else [
+            "MATTERMOST_URL", "CALLBACK_URL", "BOT_TOKEN", "SLASH_TOKEN"], said)
+        self.assertEqual(bool(person.session), not signs_out)
+        return status, settings, said.splitlines()
+
+    def changes(self):
+        """Return the calls of the last --setup that may have changed something."""
+        return [call for call in self.mattermost.calls if not call.startswith("GET")
+                and call not in ("POST /users/login", "POST /users/logout")]
+
+    def assert_nothing_done(self, sentence, *teams, **details):
+        """Check that --setup ends with this sentence alone."""
+        status, _, said = self.set_up(*teams, **details)
+        self.assertEqual((status, len(said), self.changes()), (1, 1, []), said)
+        self.assertRegex(said[0], sentence)
+
+    def test_one_command_leads_from_an_empty_mattermost_to_the_first_ticket(self):
+        stand_in, stand_in.mfa_code = self.mattermost, "123456"
+        status, settings, said = self.set_up("ops", "another", "ops")
+        self.assertEqual(status, 0)
+        self.assertEqual([body["token"] for body in stand_in.made("POST /users/login")],
+                         ["", "123456"])
+        self.assertEqual(stand_in.config["ServiceSettings"], {
+            "EnableBotAccountCreation": True, "EnableCommands": True,
+            "AllowedUntrustedInternalConnections": "tickets.example.com"})
+        for what in ("EnableBotAccountCreation", "tickets.example.com", "ops", "another"):
+            self.assertTrue(any(what in line for line in said), said)
+        self.assertEqual([team["id"] for team in stand_in.teams], [TEAM, ANOTHER_TEAM])
+        self.assertEqual([(*map(command.get, (
+            "team_id", "trigger", "method", "url", "username", "auto_complete")),)
+            for command in stand_in.commands], [
+                (team_id, "ticket", "P", f"{CALLBACK_URL}/ticket", "ticket-bot", True)
+                for team_id in (TEAM, ANOTHER_TEAM)])
+        tokens = [command["token"] for command in stand_in.commands]
+        self.assertEqual(settings, {
+            "MATTERMOST_URL": stand_in.url, "CALLBACK_URL": CALLBACK_URL,
+            "BOT_TOKEN": next(iter(stand_in.tokens)), "SLASH_TOKEN": ",".join(tokens)})
+        self.start_service(**settings)
+        for token in tokens:
+            self.assertEqual(stand_in.run_command(token=token), "")
+            self.assertEqual(stand_in.submit_dialog(answers_to()), {})
+
+    def test_what_is_there_is_used_and_only_the_bot_s_token_is_new(self):
+        _, first, _ = self.set_up("ops", "another")
+        status, again, said = self.set_up("another", "ops")
+        self.assertEqual(status, 0)
+        new_token = f"POST /users/{BOT}/tokens"
+        self.assertEqual({*self.changes()}, {
+            new_token, *(f"POST /teams/{team}/members" for team in (TEAM, ANOTHER_TEAM))})
+        self.assertEqual(again["SLASH_TOKEN"].split(","), first["SLASH_TOKEN"].split(",")[::-1])
+        self.assertTrue(any("older tokens" in line for line in said), said)
+        for token in (first["BOT_TOKEN"], again["BOT_TOKEN"]):
+            self.assertEqual(self.mattermost.who_has(f"Bearer {token}"), BOT)
+        command = self.mattermost.commands[0]
+        before = dict(command)
+        for key, value in (("url", "http://old.test:9/sub/ticket"), ("method", "G")):
+            command[key] = value
+            self.assertEqual(self.set_up()[0], 0)
+            self.assertEqual({**command, "update_at": before["update_at"]}, before)
+        self.assertEqual(len(self.mattermost.commands), 2)
+
+    def test_the_command_of_somebody_else_is_left_alone(self):
+        self.set_up("ops", "another")
+        for url in ("http://elsewhere.test/tickets", "http://old.test/ticket/", "ticket", ""):
+            self.mattermost.commands[1]["url"] = url
+            self.assert_nothing_done("another .*/ticket.* left alone", "ops", "another")
+        self.mattermost.commands[1]["trigger"] = "tickets"
+        self.assertEqual(self.set_up("another")[0], 0)
+
+    def test_what_can_t_work_is_named_before_anything_is_changed(self):
+        account = {"id": BOT, "username": "ticket-bot", "delete_at": 0}
+        for sentence, teams, details, changes in (
+                ("password", ["ops"], {"typed": "admin\nwrong\n"}, {}),
+                ("password", ["ops"], {"typed": "admin"}, {}),
+                ("standard input", ["ops"], {"typed": "admin\ncorrect\udcff\n"}, {}),
+                ("code", ["ops"], {"typed": "admin\ncorrect horse\n654321\n"},
+                 {"mfa_code": "123456"}),
+                ("code", ["ops"], {"typed": "admin\ncorrect horse"}, {"mfa_code": "123456"}),
+                ("System Admin", ["ops"], {}, {"admin_roles": "system_user system_manager"}),
+                *((f"no team '{name}'", ["ops", name], {}, {})
+                  for name in ("typo", "Our Team", "../ops", "")),
+                ("ticket-bot.* person", ["ops"], {}, {"bot": account}),
+                ("ticket-bot.* disabled", ["ops"], {},
+                 {"bot": {**account, "is_bot": True, "delete_at": AT}})):
+            with self.subTest(sentence, teams=teams, **details), unittest.mock.patch.multiple(
+                    self.mattermost, create=True, **{"mfa_code": "", **changes}):
+                self.mattermost.accounts.update({BOT: changes["bot"]} if "bot" in changes else {})
+                self.assert_nothing_done(sentence, *teams, **details)
+
+    def test_before_a_password_is_asked_for_it_is_a_mattermost_that_answers(self):
+        self.enterContext(unittest.mock.patch.object(ticket_service, "asked_for", self.fail))
+        for url, sentence in (("http://127.0.0.1:9", "MATTERMOST_URL: no answer of .*refused"),
+                              (f"http://127.0.0.1:{self.service.server_port}",
+                               "MATTERMOST_URL: .* answered 404, but not as Mattermost does")):
+            self.assert_nothing_done(sentence, MATTERMOST_URL=url)
+
+    def test_what_mattermost_may_connect_to_is_what_it_was_and_our_host(self):
+        for before, callback_url, after in (
+                ("", "http://tickets:8080", "tickets"),
+                ("a.test", "http://tickets:8080/sub", "a.test tickets"),
+                ("a.test,10.0.0.0/8", "https://tickets", "a.test,10.0.0.0/8 tickets"),
+                ("tickets.test, x", "http://tickets", "tickets.test, x tickets"),
+                ("a.test, tickets", "http://tickets:8080", None),
+                ("a.test,tickets b.test", "http://tickets", None),
+                ("tickets", "http://Tickets", "tickets Tickets"),
+                ("", "http://[fd00::1]:8080", "fd00::1"), ("x", "http://[fd00::1]", "x fd00::1"),
+                ("x fd00::1", "http://[fd00::1]:80", None)):
+            with self.subTest(before, callback_url=callback_url):
+                self.empty(EnableBotAccountCreation=True,
+                           AllowedUntrustedInternalConnections=before)
+                status, _, said = self.set_up(CALLBACK_URL=callback_url)
+                self.assertEqual((status, "PUT /config/patch" in self.mattermost.calls),
+                                 (0, bool(after)))
+                self.assertEqual(after or before, self.mattermost.config["ServiceSettings"][
+                    "AllowedUntrustedInternalConnections"])
+                self.assertEqual(any("AllowedUntrustedInternalConnections" in line and after in line
+                                     for line in said), bool(after))
+
+    def test_a_setting_that_can_t_be_changed_is_named_and_the_rest_goes_on(self):
+        hosts = "AllowedUntrustedInternalConnections"
+        for name, value, by_environment, restricted, status in (
+                (hosts, "a.test", {hosts: True}, set(), 0), (hosts, "a.test", {}, {hosts}, 0),
+                ("EnableCommands", False, {}, set(), 0),
+                ("EnableCommands", False, {"EnableCommands": True}, set(), 1),
+                ("EnableBotAccountCreation", False, {"EnableBotAccountCreation": True}, set(), 1)):
+            with self.subTest(name, by_environment=by_environment):
+                self.empty(**{name: value})
+                self.mattermost.environment = {"ServiceSettings": by_environment}
+                self.mattermost.write_restricted = restricted
+                found, _, said = self.set_up()
+                self.assertEqual(found, status, said)
+                for body in self.mattermost.made("PUT /config/patch"):
+                    self.assertFalse({*body["ServiceSettings"]} & {*by_environment})
+                warnings = [line for line in said if line.startswith("warning")]
+                self.assertEqual(len(warnings), len(by_environment) + len(restricted))
+                for line in warnings:
+                    self.assertIn(name, line)
+                    self.assertIn('"a.test tickets.example.com"' if value else "to true", line)
+
+    def test_whatever_fails_in_the_middle_is_one_sentence(self):
+        self.set_up()
+        for call in dict.fromkeys(self.mattermost.calls):
+            for behave in (hangs_up, fails(500, "x.app_error"), fails(403, "x.app_error"),
+                           fails(401, "api.context.session_expired.app_error"),
+                           http_answer(200, b"null"), http_answer(302, b"", b"Location: /\r\n")):
+                with self.subTest(call, behave=behave):
+                    self.empty()
+                    self.mattermost.scripts.clear()
+                    self.mattermost.script(call, behave, behave)
+                    is_last = call == "POST /users/logout"
+                    self.mattermost.session = ""
+                    status, _, said = self.set_up(signs_out=not is_last)
+                    self.assertEqual(status, 0 if is_last else 1)
+                    if not is_last:
+                        self.assertRegex(
+                            said[-1], "127.0.0.1:|there is no team 'ops'|ended the session")
+
+    def test_settings_that_can_t_be_in_the_file_are_refused(self):
+        for name, value in (
+                ("MATTERMOST_URL", ""), ("CALLBACK_URL", "tickets:8080"),
+                *(("CALLBACK_URL", f"http://tickets/{mark}") for mark in "$`;&\\*(|<!"),
+                ("MATTERMOST_URL", "http://$HOST"), ("SSL_CERT_FILE", "/nowhere.pem")):
+            with self.subTest(value):
+                status, _, said = self.set_up(**{name: value})
+                self.assertEqual((status, len(said), self.mattermost.calls), (2, 1, []))
+                self.assertTrue(said[0].startswith(name), said)
+
+    def test_a_private_ca_is_trusted_if_it_is_named(self):
+        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        (folder / "ca.pem").write_text(CERTIFICATES)
+        (folder / "key.pem").write_text(PRIVATE_KEY)
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(folder / "ca.pem", folder / "key.pem")
+        self.mattermost = self.start_stand_in(tls=tls)
+        self.empty()
+        self.assertEqual(self.set_up(SSL_CERT_FILE=str(folder / "ca.pem"))[0], 0)
+        self.assert_nothing_done("MATTERMOST_URL: .*CERTIFICATE_VERIFY_FAILED")
+
+    def test_the_file_is_read_alike_by_a_shell_systemd_and_podman(self):
+        _, settings, _ = self.set_up(
+            "ops", "another", CALLBACK_URL="http://[fd00::1]:8080/~sub/a%20b_c-d.e")
+        for value in settings.values():  # no quotes, blanks, backslashes, comments, variables
+            self.assertRegex(value, r"^[A-Za-z0-9:/.,_~%\[\]-]+$")
+        text = "".join(f"{name}={value}\n" for name, value in settings.items())
+        lines = subprocess.run(
+            ["sh", "-c", "set -a; . /dev/stdin; set +a; exec env"], input=text, check=True,
+            capture_output=True, text=True, env={"PATH": os.environ["PATH"], "HOME": "/x"}).stdout
+        self.assertLessEqual({*text.splitlines()}, {*lines.splitlines()})
+        ticket_service.Settings.from_environment(settings)
+
+    def start_on_terminal(self):
+        """Return a process of --setup on a terminal of its own, and the other side of that."""
+        ours, its = os.openpty()
+        self.addCleanup(os.close, ours)
+        process = start_python(
+            self.addCleanup, "-W", "error", "-c", ON_TERMINAL, "--setup", "ops", stdin=its,
+            start_new_session=True,
+            env={"MATTERMOST_URL": self.mattermost.url, "CALLBACK_URL": CALLBACK_URL})
+        os.close(its)
+        return process, ours
+
+    def test_on_a_terminal_the_password_is_seen_by_nobody_and_ctrl_c_ends_it(self):
+        self.mattermost.mfa_code, gate = "123456", self.gate()
+        started = [self.start_on_terminal() for _ in range(4)]
+        for process, terminal in started:
+            self.read_until(process.stderr, "ser name of the System Admin: ")
+            os.write(terminal, b"admin\n")
+            self.read_until(process.stderr, "assword of the System Admin: ")
+        (asking, its), (leaving, other), (process, terminal), (waiting, last) = started
+        os.write(its, b"\x03")
+        os.write(other, b"\x04")
+        self.mattermost.script("POST /users/login", waits(gate))
+        os.write(terminal, b"correct horse\n")
+        self.eventually(lambda: self.mattermost.made("POST /users/login"), "the sign-in")
+        processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+        self.assertIn("--setup ops", processes)
+        self.assertNotIn("correct horse", processes)
+        gate.set()
+        self.read_until(process.stderr, "code of the System Admin: ")
+        os.write(terminal, b"123456\n")
+        self.assertEqual(process.wait(10), 0)
+        self.assertNotIn("correct", os.read(terminal, 4096).decode() + process.stderr.read())
+        self.assertEqual(len(process.stdout.read().splitlines()), 4)
+        self.mattermost.mfa_code = ""
+        self.mattermost.script(f"POST /teams/{TEAM}/members", waits(self.gate()))
+        os.write(last, b"correct horse\n")
+        self.read_until(waiting.stderr, "\n")
+        self.eventually(lambda: len(self.mattermost.made(
+            f"POST /teams/{TEAM}/members")) == 2, "the second one")
+        os.write(last, b"\x03")
+        for stopped in (asking, leaving, waiting):
+            self.assertEqual(stopped.wait(10), 1)
+            self.assertNotRegex(stopped.stderr.read(), "Traceback|correct")
+            self.assertEqual(stopped.stdout.read(), "")
+        self.assertEqual(self.mattermost.session, "")
+
+
+class ExportTest(CommandLineCase):
+    columns = ["ticket", "status", "reporter", "created", "taken_by", "taken", "closed_by",
+               "closed", "channel", "link"]
+
+    def export(self, status=0, screen=None, **changes):
+        """Return the rows of --export, the header first, and the sentences beside them."""
+        found, text, said = self.run_main("--export", screen=screen, **self.settings(**changes))
+        self.assertEqual(found, status, said)
+        self.assertNotIn(BOT_TOKEN, text + said)
+        rows = ticket_service.csv.reader(io.StringIO(text, newline=""), strict=True)
+        return [*rows], said.splitlines()
+
+    def exported(self, *columns, **details):
+        """Return some cells of each ticket that --export prints."""
+        (header, *rows), _ = self.export(**details)
+        return [tuple(row[header.index(column)] for column in columns) for row in rows]
+
+    def test_three_tickets_of_two_forms_in_two_channels_and_one_that_is_archived(self):
+        options = [{"text": "Über, all", "value": "a"}, {"text": "Low", "value": "b"}]
+        form_file = self.form_file(form_of(
+            element("select", "level", options=options),
+            element("select", "several", options=options, multiselect=True),
+            element("select", "who", data_source="users"),
+            element("select", "people", data_source="users", multiselect=True, optional=True),
+            element("select", "where", data_source="channels"), element("bool", "sure"),
+            element("date", "day"), element("datetime", "at"),
+            element("textarea", "text", optional=True)))
+        values = {"level": "a", "several": ["a", "b"], "who": BOB, "people": [ALICE, BOB],
+                  "where": QUIET, "sure": True, "day": "2026-11-27",
+                  "at": "2026-11-27T10:00:00Z", "text": 'She said "no",\nthen left'}
+        stand_in = self.mattermost
+        stand_in.channels[SECRET].members.add(BOT)
+        self.start_service(FORM_FILE=form_file)
+        self.assertEqual(self.file(values), {})
+        stand_in.run_command(channel_id=SECRET)
+        self.assertEqual(stand_in.submit_dialog(
+            {**values, "people": [], "text": ""}, channel_id=SECRET), {})
+        self.start_service(FORM_FILE=self.form_file(form_of(
+            element(name="ticket"), element(name="level"), element("bool", "extra"))))
+        self.assertEqual(self.file({"ticket": "T-1", "level": "high", "extra": True}), {})
+        first, hidden, second = stand_in.roots()
+        for post, button, user, *chosen in (
+                (first, "Take", BOB), (first, "Hand over to…", BOB, ALICE), (first, "Close", ALICE),
+                (first, "Reopen", ALICE), (first, "Close", BOB), (second, "Close", BOB),
+                (second, "Reopen", BOB), (second, "Hand over to…", ALICE, BOB),
+                (second, "Edit", ALICE)):
+            self.assertEqual(stand_in.press(
+                post["id"], button, user, selected_option="".join(chosen)), "")
+        self.assertEqual(stand_in.submit_dialog({"ticket": "T", "level": "x", "extra": True}), {})
+        stand_in.channels[SECRET].delete_at = stand_in.now()
+
+        def cells(post, status, *steps):
+            """Return the first cells of a ticket; a number stands for a step's time."""
+            ticket = post["props"]["ticket"]
+            for number, entry in enumerate(ticket["history"]):
+                entry["at"] = AT + number * MINUTE
+            ticket["created_at"] = AT
+            return [post["props"]["ticket_id"], status, "alice", CREATED, *(
+                f"2026-11-23T09:{11 + step}:15Z" if isinstance(step, int) else step
+                for step in steps), f"{stand_in.url}/_redirect/pl/{post['id']}"]
+
+        answers = ["Über, all", "Über, all, Low", "bob", "alice, bob", "quiet", "yes",
+                   "2026-11-27", "2026-11-27T10:00:00Z"]
+        expected = [
+            [*self.columns, *values, "form.ticket", "extra"],
+            [*cells(first, "closed", "alice", 1, "bob", 5, "ops/helpdesk"), *answers,
+             values["text"], "", ""],
+            [*cells(second, "taken", "bob", 3, "", "", "ops/helpdesk"), "x", *[""] * 8, "T", "yes"],
+            [*cells(hidden, "open", "", "", "", "", "ops/secret"), *answers[:3], "", *answers[4:],
+             "", "", ""]]
+        self.assertEqual(self.export(FORM_FILE=form_file), (expected, []))
+
+    def test_a_ticket_from_before_there_was_a_history_has_its_last_status_only(self):
+        for number, (status, by, *_) in enumerate(old := (
+                ("open", "alice", "", "", "", ""), ("taken", "bob", "bob", CHANGED, "", ""),
+                ("closed", "bob", "", "", "bob", CHANGED))):
+            self.add_ticket(number, status=status, by=by, cluster="prod", gone=BOB,
+                            mixed=["x", 7, None, True])
+        self.assertEqual(self.exported(*self.columns[:8], "cluster", "gone", "mixed"), [
+            (f"Ticket-20261123-{number:04}", status, "alice", CREATED, *cells,
+             "Production", "bob", "x, 7, null, true")
+            for number, (status, _, *cells) in enumerate(old)])
+
+    def test_what_looks_like_a_formula_is_text(self):
+        texts = ["=1+1", "@cmd", "+1", "-1", "＝1", "＠x", "＋1", "－1", "\t=1", "\rx", "\tx",
+                 " =1", "\u3000=1", "\xa0＝1", "\n=1", " \t @x"]
+        plain = ["1+1", "a=b", "'x", '"', '"=1"', ",", "a\r\nb", "a\nb", "a\rb", "ä€😀", "", " ",
+                 "x\t", "\ufeff"]
+        for number, text in enumerate(texts + plain):
+            self.add_ticket(number, problem=text, other=[text, "x"])
+        self.assertEqual(self.exported("problem", "other"), [
+            *((f"'{text}", f"'{text}, x") for text in texts),
+            *((text, f"{text}, x") for text in plain)])
+        self.add_ticket(99, **{"=name": "x", " @y": "z"})
+        self.mattermost.teams = [{"id": TEAM, "name": "+ops"}]
+        (header, *rows), _ = self.export()
+        self.assertEqual(header[-2:], ["'=name", "' @y"])
+        self.assertEqual(rows[-1][8], "'+ops/helpdesk")
+
+    def test_the_table_is_rfc_4180_in_utf_8_without_a_mark(self):
+        self.add_ticket(1, problem='a "b", c\nd\u20ac', resource="\ud800")
+        form = form_of(element("text", "resource"), element("textarea", "problem"))
+        status, text, _ = self.run_main("--export", **self.settings(FORM_FILE=self.form_file(form)))
+        post, = self.mattermost.roots()
+        self.assertEqual((status, text), (
+            0, ",".join(self.columns) + ",resource,problem\r\nTicket-20261123-0001,open,alice,"
+            f"{CREATED},,,,,ops/helpdesk,"
+            f'{self.mattermost.url}/_redirect/pl/{post["id"]},?,"a ""b"", c\nd€"\r\n'))
+
+    def test_of_600_posts_none_is_missed_or_found_twice_while_people_write(self):
+        for number in range(600):
+            if number % 100 == 50:
+                self.add_ticket(number)
+            else:
+                self.mattermost.say(ALICE, HELPDESK, "typed")
+
+        def writes(handler, work):
+            answer = work()
+            for _ in range(7):
+                self.mattermost.say(ALICE, HELPDESK, "typed")
+            handler.reply(*answer)
+
+        self.mattermost.script(f"GET /channels/{HELPDESK}/posts", writes, writes, writes)
+        self.assertEqual([one[-3:] for one, in self.exported("ticket")],
+                         ["050", "150", "250", "350", "450", "550"])
+        self.assertLess(len(self.mattermost.made(f"GET /channels/{HELPDESK}/posts")), 6)
+
+    def test_a_list_that_is_too_long_is_asked_for_again_and_shorter(self):
+        with unittest.mock.patch.object(ticket_service, "LIST_BYTES", 2**20):
+            for number in range(200):
+                self.add_ticket(number, problem="x" * 7000)
+            screen = io.StringIO()
+            screen.isatty = lambda: True  # so that the tickets are counted
+            (_, *rows), said = self.export(screen=screen)
+        self.assertEqual([int(row[0][-4:]) for row in rows], [*range(200)])
+        self.assertIn("200 tickets", said[-1])
+        self.assertLess(len(self.mattermost.made(f"GET /channels/{HELPDESK}/posts")), 8)
+
+    def test_only_what_the_bot_made_is_a_ticket(self):
+        post = self.add_ticket(1)
+        forged = {**self.add_ticket(2), "user_id": ALICE}
+        reply = {**self.add_ticket(3), "root_id": post["id"]}
+        for changed in (forged, reply):
+            self.mattermost.posts[changed["id"]] = changed
+        for props in ({"ticket": None}, {"ticket": {}, "ticket_id": 1}, {"ticket": []}):
+            self.mattermost.add_post(BOT, HELPDESK, "x", props=props)
+        (header, row), said = self.export()
+        self.assertEqual(
+            header, self.columns + [one["name"] for one in ticket_service.FORM["elements"]])
+        self.assertEqual((row[0], said), ("Ticket-20261123-0001", []))
+
+    def test_where_tickets_can_be_is_what_the_settings_say(self):
+        stand_in = self.mattermost
+        for number, channel_id in enumerate((HELPDESK, QUIET, ARCHIVED, SECRET, DIRECT), 1):
+            stand_in.channels[channel_id].members.add(BOT)
+            self.add_ticket(number, channel_id)
+        options = [{"text": "A", "value": "a", "channel": QUIET}, {"text": "B", "value": "b"}]
+        form_file = self.form_file(form_of(element("select", "x", options=options)))
+        for changes, channels in (
+                ({}, ["archived", "helpdesk", "quiet", "secret"]),
+                ({"FORM_FILE": form_file}, ["archived", "helpdesk", "quiet", "secret"]),
+                ({"FORM_FILE": form_file, "TICKET_CHANNEL": ARCHIVED}, ["archived", "quiet"]),
+                ({"TICKET_CHANNEL": HELPDESK}, ["helpdesk"])):
+            with self.subTest(changes):
+                self.assertEqual(sorted(self.exported("channel", **changes)),
+                                 [(f"ops/{channel}",) for channel in channels])
+        stand_in.channels[DIRECT].members.remove(BOT)
+        stand_in.teams.append(stand_in.all_teams[1])  # where it is in no channel
+        self.assertEqual(len(self.exported("channel")), 4)
+
+    def test_a_channel_that_can_t_be_read_is_said_and_left_out(self):
+        self.add_ticket(1)
+        rows, said = self.export(status=1, TICKET_CHANNEL=SECRET)
+        self.assertEqual((len(rows), len(said)), (1, 1))
+        self.assertRegex(said[0], f"{SECRET} is left out: .*403")
+        self.mattermost.channels[QUIET].members.add(BOT)
+        self.add_ticket(2, QUIET)
+        self.mattermost.script(f"GET /channels/{HELPDESK}/posts", fails(*NO_PERMISSION))
+        rows, said = self.export(status=1)
+        self.assertEqual([row[0] for row in rows[1:]], ["Ticket-20261123-0002"])
+        self.assertRegex("\n".join(said), "^channel ops/helpdesk is left out: .*403[^\n]*$")
+
+    def test_whatever_fails_in_the_middle_is_one_sentence(self):
+        """So it is with --remind."""
+        post, no_token = self.add_ticket(1), fails(401, "x.app_error")
+        for arguments in (["--export"], ["--remind", "3"]):
+            self.let_rest(post, 9)
+            self.mattermost.calls.clear()
+            self.assertEqual(self.run_main(*arguments, **self.settings())[0], 0)
+            calls = {*self.mattermost.calls} - {"GET /config/client"}  # which is for links only
+            for (call, behave), changes in [*((failure, {}) for failure in itertools.product(
+                    calls, (hangs_up, fails(500, "x.app_error"), no_token,
+                            http_answer(200, b"{}"), http_answer(302, b"")))),
+                    (("-", None), {"MATTERMOST_URL": "http://127.0.0.1:9"})]:
+                with self.subTest(arguments, call=call, behave=behave):
+                    self.let_rest(post, 9)
+                    self.mattermost.pending.clear()
+                    self.mattermost.failure = (call, behave)
+                    status, _, said = self.run_main(*arguments, **self.settings(**changes))
+                    self.assertEqual((status, said.count("\n")), (1, 1), said)
+                    self.assertRegex(said, r"127\.0\.0\.1:\d+")
+                    self.assertEqual(said.startswith("BOT_TOKEN: "), " 401" in said)
+                    self.assertEqual(" 401" in said, behave is no_token)
+            self.mattermost.failure = None
+
+    def test_a_mattermost_that_gets_slow_is_one_sentence(self):
+        """So it is with all three."""
+        for behave, timeout, whole, sentence in ((waits, 0.1, 60, "timed out"),
+                                                 (body_drips, 30, 0.1, r"more than 0\.1 s")):
+            self.enterContext(unittest.mock.patch.object(ticket_service, "COMMAND_WAITS", whole))
+            self.enterContext(unittest.mock.patch.object(
+                ticket_service.Mattermost, "timeout", timeout))
+            for arguments, call in ((["--setup", "ops"], "GET /config/environment"),
+                                    (["--export"], f"GET /channels/{HELPDESK}/posts"),
+                                    (["--remind", "3"], f"GET /channels/{HELPDESK}/posts")):
+                self.mattermost.failure = (call, behave(self.gate()))
+                status, output, said = self.run_main(
+                    *arguments, typed="admin\ncorrect horse\n", **self.settings())
+                self.assertEqual((status, output), (1, ""))
+                self.assertRegex(said, f"^MATTERMOST_URL: no answer of .*{sentence}.*\n$")
+
+    def test_what_is_wrong_with_the_options_is_one_sentence(self):
+        for arguments in (["--nope"], ["x"], ["--setup"], ["--remind"], ["--check", "--export"],
+                          ["--export", "x"], ["--remind", "-x"]):
+            with self.subTest(arguments):
+                status, output, said = self.run_main(*arguments, **self.settings())
+                self.assertEqual((status, output, said.count("\n")), (2, "", 1), said)
+                self.assertRegex(said, "--")
+
+    def test_a_stream_that_is_closed_at_the_start_leaves_no_traceback(self):
+        self.add_ticket(1)
+        settings = self.settings(PORT=str(self.service.server_port))
+        serving = self.settings(TICKET_CHANNEL=SECRET, CALLBACK_URL="http://127.0.0.1:9")
+        started = [(closed, status, lines, subprocess.Popen(
+            ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-S", *self.command,
+             *arguments.split()], cwd=HERE, env=settings if arguments else serving, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+            for closed, arguments, status, lines in (
+                (">&-", "--health", 0, 0), (">&-", "--export", 0, 0), ("2>&-", "--export", 0, 2),
+                ("<&-", "--setup ops", 1, 0), ("2>&-", "--setup ops", 0, 4),
+                ("<&- >&- 2>&-", "", 0, 0))]
+        for *_, process in started:
+            self.addCleanup(process.communicate)
+            self.addCleanup(process.kill)
+        *_, (*_, running) = started
+        self.eventually(lambda: f"GET /channels/{SECRET}" in self.mattermost.calls)
+        running.send_signal(signal.SIGTERM)
+        for closed, status, lines, process in started:
+            with self.subTest(process.args, closed=closed):
+                output, said = process.communicate("admin\ncorrect horse\n", timeout=20)
+                self.assertEqual((process.returncode, output.count("\n")), (status, lines), said)
+                self.assertEqual(said.count("\n"), status, said)
+
+    def test_ctrl_c_a_closed_pipe_and_a_full_disk_leave_no_traceback(self):
+        self.add_ticket(1, problem="x" * 100_000)
+        self.mattermost.script(f"GET /channels/{HELPDESK}/posts", *[waits(self.gate())] * 2)
+        processes = [start_python(self.addCleanup, *self.command, *arguments, env=self.settings())
+                     for arguments in (["--export"], ["--remind", "3"])]
+        self.eventually(lambda: len(self.mattermost.made(
+            f"GET /channels/{HELPDESK}/posts")) == 2, "a list of posts")
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+        with open("/dev/full", "w") as full:
+            processes.append(subprocess.Popen(
+                [sys.executable, "-S", *self.command, "--export"], cwd=HERE, stdout=full,
+                stderr=subprocess.PIPE, text=True, env=self.settings()))
+        self.addCleanup(processes[-1].stderr.close)
+        processes.append(start_python(
+            self.addCleanup, *self.command, "--export", env=self.settings()))
+        processes[-1].stdout.close()
+        for process, lines in zip(processes, (1, 1, 1, 0)):
+            with self.subTest(process.args):
+                self.assertEqual(process.wait(10), 1)
+                said = process.stderr.read()
+                self.assertEqual(said.count("\n"), lines, said)
+
+
+class RemindTest(CommandLineCase):
+    def remind(self, days="3", status=0, **changes):
+        """Return the IDs that --remind prints, and the sentences beside them."""
+        found, text, said = self.run_main("--remind", days, **self.settings(**changes))
+        self.assertEqual(found, status, said)
+        return text.splitlines(), said.splitlines()
+
+    def texts(self):
+        return [post["message"] for post in self.mattermost.replies()]
+
+    def test_who_has_a_silent_ticket_is_mentioned_in_its_thread(self):
+        post = self.add_ticket(1, status="taken", by="bob", age=3.1)
+        day = time.strftime("%Y-%m-%d", time.gmtime(post["update_at"] / 1000))
+        self.assertEqual(self.remind(), (["Ticket-20261123-0001"], []))
+        reply, = self.mattermost.replies()
+        self.assertEqual((reply["root_id"], reply["user_id"]), (post["id"], BOT))
+        self.assertEqual(reply["message"], ticket_service.REMINDER_TO.format(who="@bob", day=day))
+        self.assertEqual(self.remind(), ([], []))  # the reminder is news
+        self.assertEqual(len(self.mattermost.replies()), 1)
+
+    def test_of_a_ticket_that_nobody_has_the_form_says_who_is_told(self):
+        self.add_ticket(1, age=9)
+        self.remind()
+        self.assertNotIn("@", self.texts()[0])
+        self.add_ticket(2, age=9)
+        self.add_ticket(3, status="taken", by="bob", age=8)
+        self.remind(FORM_FILE=self.form_file(form_of(element(), mention="@oncall")))
+        self.assertTrue(self.texts()[1].startswith("@oncall: "))
+        self.assertTrue(self.texts()[2].startswith("@bob: "))
+
+    def test_what_has_news_or_is_closed_or_archived_is_passed_over(self):
+        stand_in = self.mattermost
+        stand_in.channels[DIRECT].members.add(BOT)
+        self.add_ticket(1, age=2.9)
+        self.add_ticket(2, status="closed", by="bob", age=9)
+        self.add_ticket(3, ARCHIVED, age=9)
+        self.add_ticket(4, DIRECT, age=9)
+        self.add_ticket(5, status="waiting", by="bob", age=9)  # a status that we do not know
+        stand_in.say(BOB, HELPDESK, "typed", self.add_ticket(6, age=9)["id"])
+        stand_in.change(self.add_ticket(7, age=9), message="edited by hand")
+        self.assertEqual(self.remind(), ([], []))
+        self.assertEqual(self.remind(TICKET_CHANNEL=ARCHIVED), ([], []))
+        self.file()
+        root = stand_in.roots()[-1]
+        self.let_rest(root, 9)
+        self.assertEqual(stand_in.press(root["id"], "Take", BOB), "")
+        self.replies(3)
+        self.assertEqual(self.remind(), ([], []))
+        self.let_rest(root, 0)
+        self.assertEqual(self.remind()[0], [root["props"]["ticket_id"]])
+
+    def test_days_may_be_parts_of_days_but_no_words(self):
+        self.add_ticket(1, age=3.4)
+        self.add_ticket(2, age=3.6)
+        self.assertEqual(self.remind("3.5"), (["Ticket-20261123-0002"], []))
+        self.mattermost.calls.clear()
+        for days in ("0", "-1", "x", "nan", "inf", "", " ", "3d", "0.0", "1e999", "-0.5"):
+            with self.subTest(days):
+                found, said = self.remind(days, status=2)
+                self.assertEqual((found, len(said)), ([], 1), said)
+                self.assertRegex(said[0], "--remind .*number of days")
+        self.assertEqual(self.mattermost.calls, [])
+
+    def test_two_runs_at_once_make_one_reply(self):
+        self.add_ticket(1, age=9)
+        gate = self.gate()
+        self.mattermost.script("POST /posts", waits(gate), waits(gate))
+        opening = threading.Thread(target=lambda: (self.eventually(
+            lambda: len(self.mattermost.made("POST /posts")) == 2, "both"), gate.set()))
+        opening.start()
+        self.addCleanup(opening.join)
+        output, settings = io.StringIO(), self.settings()
+        with contextlib.redirect_stdout(output):
+            in_threads(2, lambda _: self.assertEqual(
+                ticket_service.main(["--remind", "3"], settings), 0))
+        self.assertEqual(output.getvalue(), "Ticket-20261123-0001\n" * 2)
+        self.assertEqual(len(self.mattermost.replies()), 1)
+
+    def test_of_sixty_the_fifty_oldest_are_reminded_of_and_that_is_said(self):
+        ids = [self.add_ticket(number, age=70 - number)["props"]["ticket_id"]
+               for number in range(60)]
+        self.mattermost.channels[QUIET].members.add(BOT)
+        ids.insert(0, self.add_ticket(99, QUIET, age=99)["props"]["ticket_id"])
+        found, said = self.remind()
+        self.assertEqual(found, ids[:50])
+        self.assertEqual(len(said), 1)
+        self.assertIn("11 more", said[0])
+        self.assertEqual(len(self.mattermost.replies()), 50)
+        self.assertEqual(self.remind(), (ids[50:], []))
+
+    def test_what_can_t_be_written_in_is_said_and_keeps_nobody_else_waiting(self):
+        stand_in = self.mattermost
+        stand_in.channels[QUIET].members.add(BOT)
+        for number in range(55):
+            self.add_ticket(number, QUIET, age=99)
+        self.add_ticket(99, age=9)
+        stand_in.failure = ("POST /posts", lambda handler, work: handler.reply(*(
+            work() if handler.exchange[2]["channel_id"] == HELPDESK
+            else error_answer(*NO_PERMISSION, "POST /posts"))))
+        found, said = self.remind(status=1)
+        self.assertEqual(found, ["Ticket-20261123-0099"])
+        self.assertRegex(said[0], "Ticket-20261123-0000 .*not reminded of: .*may not post")
+        self.assertEqual(self.remind(status=1, TICKET_CHANNEL=SECRET)[0], [])
+
+    def test_a_ticket_that_is_deleted_meanwhile_keeps_nobody_else_waiting(self):
+        posts = [self.add_ticket(number, age=9 - number) for number in range(3)]
+
+        def deletes(handler, work):
+            self.mattermost.change(posts[1], delete_at=1)
+            handler.reply(*work())
+
+        self.mattermost.script("POST /posts", deletes)
+        found, said = self.remind(status=1)
+        self.assertEqual(found, ["Ticket-20261123-0000", "Ticket-20261123-0002"])
+        self.assertRegex("\n".join(said), "^Ticket-20261123-0001 was not reminded of: .*400.*$")
+
+
 # ------------------------------------------------------------------------- the files beside it
 
 class FilesTest(unittest.TestCase):

@@ -37,8 +37,10 @@ import base64
 import calendar
 import collections
 import contextlib
+import csv
 import datetime
 import functools
+import getpass
 import hashlib
 import hmac
 import http.client
@@ -4410,6 +4412,440 @@ def say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
 
+# --setup
+
+BOT_NAME, TRIGGER_WORD = "ticket-bot", "ticket"
+COMMAND = {
+    "trigger": TRIGGER_WORD, "method": "P", "username": BOT_NAME, "display_name": "Ticket",
+    "description": "Opens a form and posts a ticket", "auto_complete": True,
+    "auto_complete_hint": "[what is wrong]", "auto_complete_desc": "File a ticket"}
+TEAM_NAME_RE = re.compile("[a-z0-9-]{1,64}")
+# What neither a shell nor systemd nor Podman reads otherwise in a file of settings.
+PLAIN_URL_RE = re.compile(r"[\w:/.~%\[\]-]+", re.ASCII)
+
+
+class SetUp:
+    """Does by the API, as a System Admin, what has to be clicked in Mattermost. Twice is no harm.
+
+    Every method may raise MattermostError or Problem.
+    """
+
+    def __init__(self, mattermost_url: str, callback_url: str, tls: ssl.SSLContext | None) -> None:
+        self.mattermost_url, self.callback_url = mattermost_url, callback_url
+        self.api = Mattermost(mattermost_url, "", tls)
+        self.api.command_waits = COMMAND_WAITS
+
+    def run(self, team_names: list[str], ask: Callable[[str], str]) -> list[str]:
+        """Set up the bot, and a command in each team; return the lines of a file of settings.
+
+        ask() gives the admin's user name, password and MFA code. All is looked at before anything
+        is changed.
+        """
+        with self.api.retrying():  # so that nobody types a password for what is no Mattermost
+            self.api.get_client_config()
+        self.sign_in({"login_id": ask("user name"), "password": ask("password"), "token": ""}, ask)
+        try:
+            with self.api.retrying():
+                return self.work([*dict.fromkeys(team_names)])
+        except MattermostError as error:
+            if error.status != 401 or not error.by_mattermost:
+                raise
+            raise Problem("Mattermost has ended the session: set up again, nothing is done twice"
+                          ) from error
+        finally:
+            with contextlib.suppress(MattermostError):
+                self.api.call("POST", "/users/logout", {})
+
+    def work(self, team_names: list[str]) -> list[str]:
+        """Look at everything, change what has to be, and return the lines."""
+        if "system_admin" not in str(self.api.get_me().get("roles")).split():
+            raise Problem("this account is no System Admin")
+        config = self.api.call("GET", "/config").get("ServiceSettings")
+        settings = config if isinstance(config, dict) else {}
+        teams = [self.team(name) for name in team_names]
+        bot = self.bot()
+        commands = [self.command(team) for team in teams] if settings.get("EnableCommands") else []
+        self.configure(settings)
+        # Where commands were off, Mattermost did not list them: so only now.
+        commands = commands or [self.command(team) for team in teams]
+        bot_id = bot.get("id") or self.create_bot()
+        tokens = [self.set_up_team(team, command, bot_id)
+                  for team, command in zip(teams, commands, strict=True)]
+        return [f"MATTERMOST_URL={self.mattermost_url}", f"CALLBACK_URL={self.callback_url}",
+                f"BOT_TOKEN={self.create_token(bot_id)}", f"SLASH_TOKEN={','.join(tokens)}"]
+
+    def sign_in(self, login: Json, ask: Callable[[str], str]) -> None:
+        """Sign in: from here on, calls are made with the session's token."""
+        try:
+            with self.api.retrying():
+                response = self.api.send("POST", "/api/v4/users/login", login)
+        except MattermostError as error:
+            wants_code = error.meaning == "code wanted" and not login["token"]
+            if wants_code and (code := ask("MFA code")):
+                self.sign_in({**login, "token": code}, ask)
+                return
+            if not error.by_mattermost or error.may_pass:
+                raise
+            raise Problem(
+                "Mattermost does not let this account in: the user name, the password or the MFA "
+                "code is wrong, or it signs in by SSO (then set it up by hand, as the README "
+                f"says): {error}") from error
+        session = matching(TOKEN_RE, response.headers.get("Token"))
+        if not session:
+            raise self.api.odd_answer()
+        self.api.headers["Authorization"] = f"Bearer {session}"
+
+    def team(self, name: str) -> Json:
+        """Return a team."""
+        with contextlib.suppress(NotAllowed):
+            if TEAM_NAME_RE.fullmatch(name):
+                return self.api.call_for_id("GET", f"/teams/name/{name}")
+        raise Problem(f"there is no team {name!r:.80}: give the name in its URL")
+
+    def bot(self) -> Json:
+        """Return the bot, {} if there is none yet."""
+        try:
+            bot = self.api.get_user_by_username(BOT_NAME)
+        except NotAllowed as error:
+            if error.status != 404:
+                raise
+            return {}
+        if not bot.get("is_bot"):
+            raise Problem(f"the account {BOT_NAME} is a person's, and no bot: rename it")
+        if bot.get("delete_at"):
+            raise Problem(f"the bot {BOT_NAME} is disabled: enable it (Integrations › Bot "
+                                "Accounts)")
+        return bot
+
+    def command(self, team: Json) -> Json:
+        """Return a team's slash command, {} if there is none yet."""
+        commands = self.api.call_for_list(
+            "GET", f"/commands?team_id={team['id']}&custom_only=true")
+        found = [command for command in commands if command.get("trigger") == TRIGGER_WORD
+                 and command.get("team_id") == team["id"] and not command.get("delete_at")]
+        for command in found:
+            if not str(command.get("url")).endswith("/ticket"):
+                raise Problem(f"the team {team.get('name')} has another command "
+                                    f"/{TRIGGER_WORD}: it is left alone; delete or rename it")
+            return command
+        return {}
+
+    def configure(self, settings: Json) -> None:
+        """Change what is not so yet in the configuration; say what can't be changed from here."""
+        wanted: Json = {key: True for key in ("EnableBotAccountCreation", "EnableCommands")
+                        if not settings.get(key)}
+        # As Mattermost compares it: exactly, without a port, and IPv6 without brackets.
+        host = re.sub(r":\d+$", "", urllib.parse.urlsplit(self.callback_url).netloc).strip("[]")
+        allowed = str(settings.get("AllowedUntrustedInternalConnections") or "")
+        if host not in re.split(r"[\s,]+", allowed):
+            wanted["AllowedUntrustedInternalConnections"] = f"{allowed} {host}".strip()
+        by_environment = self.api.call("GET", "/config/environment").get("ServiceSettings")
+        fixed = {key: wanted.pop(key) for key in list(wanted)
+                 if isinstance(by_environment, dict) and by_environment.get(key)}
+        if wanted:
+            patched = self.api.call("PUT", "/config/patch", {"ServiceSettings": wanted})
+            now = patched.get("ServiceSettings")
+            for key in list(wanted):
+                if not isinstance(now, dict) or now.get(key) != wanted[key]:
+                    fixed[key] = wanted.pop(key)
+        for key, value in wanted.items():
+            say(f"{key} is now {json.dumps(value)}")
+        for key, value in fixed.items():
+            say(f"warning: {key} can't be changed from here (an environment variable of "
+                f"Mattermost's?): set it to {json.dumps(value)} there")
+
+    def create_bot(self) -> str:
+        """Return the ID of a new bot."""
+        bot = self.api.call("POST", "/bots", {
+            "username": BOT_NAME, "display_name": "Ticket bot", "description": "Posts tickets"})
+        if not (bot_id := matching(ID_RE, bot.get("user_id"))):
+            raise self.api.odd_answer()
+        say(f"the bot {BOT_NAME} is there")
+        return bot_id
+
+    def set_up_team(self, team: Json, command: Json, bot_id: str) -> str:
+        """Let the bot into a team, and return the token of its slash command there."""
+        self.api.call("POST", f"/teams/{team['id']}/members",
+                      {"team_id": team["id"], "user_id": bot_id})
+        url = f"{self.callback_url}/ticket"
+        if not command:
+            command = self.api.call("POST", "/commands", {
+                **COMMAND, "team_id": team["id"], "url": url})
+        elif (command.get("url"), command.get("method")) != (url, COMMAND["method"]):
+            command = self.api.call("PUT", f"/commands/{matching(ID_RE, command.get('id'))}",
+                                    {**command, "url": url, "method": COMMAND["method"]})
+        if not (token := matching(TOKEN_RE, command.get("token"))):
+            raise self.api.odd_answer()
+        say(f"the team {team.get('name')} has @{BOT_NAME} and /{TRIGGER_WORD}")
+        return token
+
+    def create_token(self, bot_id: str) -> str:
+        """Return a new token of the bot's."""
+        older = len(self.api.call_for_list("GET", f"/users/{bot_id}/tokens"))
+        made = self.api.call("POST", f"/users/{bot_id}/tokens", {
+            "description": f"ticket service, {utc_now():%Y-%m-%d}"})
+        if not (token := matching(TOKEN_RE, made.get("token"))):
+            raise self.api.odd_answer()
+        if older:
+            say(f"older tokens of @{BOT_NAME} stay as they are ({older}): delete those that "
+                "nothing uses (Integrations › Bot Accounts)")
+        return token
+
+
+def asked_for(what: str) -> str:
+    """Return what an admin types on the terminal, or the next line of standard input."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal and what == "password":
+        return getpass.getpass("Password of the System Admin: ", sys.stderr)
+    if is_terminal:
+        print(f"{what[0].upper()}{what[1:]} of the System Admin: ", end="", file=sys.stderr,
+              flush=True)
+    return sys.stdin.readline().rstrip("\r\n")
+
+
+def set_up(environ: Environ, team_names: list[str]) -> int:
+    """Set up Mattermost, and print the settings for this service; return the exit status."""
+    values, problems = read_settings(environ, {
+        name: SETTINGS[name] for name in ("mattermost_url", "callback_url", "tls")})
+    problems += [f"{SETTINGS[name].name} {value!r}: only letters, digits and :/.-_~% are possible"
+                 for name, value in values.items()
+                 if isinstance(value, str) and not PLAIN_URL_RE.fullmatch(value)]
+    if problems:
+        raise SettingsError("\n".join(problems))
+    work = SetUp(**values)
+    try:
+        print("\n".join(work.run(team_names, asked_for)), flush=True)
+    except (EOFError, UnicodeDecodeError) as error:
+        raise Problem("standard input can't be read: user name, password and, if Mattermost "
+                            "asks for it, MFA code are wanted, a line each") from error
+    finally:
+        work.api.connections.close()
+    return 0
+
+
+# --export and --remind
+
+MAX_PAGE = 200
+MAX_REMINDERS = 50  # at once: the first time may meet years
+# How a cell begins that a spreadsheet works out.
+FORMULA_RE = re.compile(r"\s*[=+\-@＝＋－＠]| *[\t\r]")
+TICKET_COLUMNS = ("ticket", "status", "reporter", "created", "taken_by", "taken", "closed_by",
+                  "closed", "channel", "link")
+
+
+class Archive:
+    """The tickets that there are, in the channels that they go to."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.service = TicketService(settings)
+        self.mattermost, self.form = self.service.mattermost, settings.form
+        self.mattermost.command_waits = COMMAND_WAITS
+        self.is_whole = True  # whether all channels could be read
+        self.number = 0  # of tickets that were read
+        self.page = MAX_PAGE  # posts that are listed at once
+
+    def channels(self) -> Iterator[Json]:
+        """Yield the channels that tickets go to: all that the bot is in, if the settings name none.
+
+        Each has the key `full_name`, its team's name and its own.
+        """
+        with self.mattermost.retrying():
+            teams = {matching(ID_RE, team.get("id")): team.get("name")
+                     for team in self.mattermost.get_my_teams()}
+            if ticket_channel := self.service.settings.ticket_channel:
+                found = [self.channel(one)
+                         for one in dict.fromkeys([ticket_channel, *self.form.channels])]
+            else:
+                found = [channel for team_id in teams if team_id
+                         for channel in self.mattermost.get_my_channels(team_id)]
+        seen = {channel["id"]: channel for channel in found if matching(ID_RE, channel.get("id"))
+                and channel.get("type") != "D"}  # the bot makes no tickets in direct messages
+        for channel in seen.values():
+            team = teams.get(str(channel.get("team_id")))
+            yield {**channel, "full_name": "/".join(
+                str(part) for part in (team, channel.get("name")) if part)}
+
+    def channel(self, channel_id: str) -> Json:
+        """Return a channel, {} if the bot can't see it."""
+        try:
+            return self.mattermost.get_channel(channel_id)
+        except NotAllowed as error:
+            self.leave_out(channel_id, error)
+            return {}
+
+    def leave_out(self, channel: str, error: MattermostError) -> None:
+        """Say that a channel could not be read."""
+        self.is_whole = False
+        say(f"channel {channel} is left out: {error}")
+
+    def tickets(self, channel: Json) -> Iterator[tuple[Ticket, Json]]:
+        """Yield the tickets of a channel, the newest first, and their posts."""
+        before, self.page = "", MAX_PAGE
+        try:
+            while posts := self.posts(channel["id"], before):
+                for post in posts:
+                    ticket = Ticket.from_post(post)
+                    if ticket and post.get("user_id") == self.mattermost.kept_bot_id:
+                        self.count()
+                        yield ticket, post
+                last = matching(ID_RE, posts[-1].get("id"))
+                if not last or last == before:
+                    raise self.mattermost.odd_answer()
+                before = last
+        except NotAllowed as error:
+            self.leave_out(channel["full_name"], error)
+
+    def posts(self, channel_id: str, before: str) -> list[Json]:
+        """Return root posts of a channel, fewer at once where they are long."""
+        def page() -> list[Json]:
+            while True:
+                try:
+                    self.mattermost.bot_id()
+                    return self.mattermost.get_root_posts(channel_id, before, self.page)
+                except AnswerTooLong:
+                    if self.page == 1:
+                        raise
+                    self.page //= 2
+
+        with self.mattermost.retrying():
+            return self.mattermost.retried(page)
+
+    def count(self) -> None:
+        """Count a ticket, where somebody looks."""
+        self.number += 1
+        if sys.stderr.isatty() and self.number % 10 == 0:
+            print(f"\r{self.number} tickets ", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End what is done for tickets, and the line of the counter."""
+        self.service.close()
+        if sys.stderr.isatty() and self.number >= 10:
+            say("")
+
+
+def time_in_utc(at: int) -> str:
+    """Return a time of Mattermost's as 2026-11-29T10:00:00Z, "" for none."""
+    with contextlib.suppress(OverflowError, ValueError, OSError):
+        return in_utc(datetime.datetime.fromtimestamp(at / 1000, datetime.UTC)) if at else ""
+    return ""
+
+
+def ticket_cells(ticket: Ticket, channel: Json, link: str) -> dict[str, str]:
+    """Return the cells of a ticket, but for the answers."""
+    steps = [entry for entry in ticket.history if "edited" not in entry]
+    taken = [entry for entry in steps if entry["status"] == TAKEN]
+    closed = [entry for entry in steps if entry["status"] == ticket.status == CLOSED]
+    created = whole_number(ticket.data.get("created_at"))
+    return {
+        "ticket": ticket.id, "status": ticket.status, "reporter": ticket.reporter.name,
+        "created": time_in_utc(created),
+        "taken_by": str(taken[-1].get("to", taken[-1]["by"])) if taken else "",
+        "taken": time_in_utc(taken[0]["at"]) if taken else "",
+        "closed_by": closed[-1]["by"] if closed else "",
+        "closed": time_in_utc(closed[-1]["at"]) if closed else "",
+        "channel": channel["full_name"], "link": link}
+
+
+def in_words(answer: Any, element: Element | None, names: dict[str, str]) -> str:
+    """Return an answer for a table, in the words of the form where it has them."""
+    is_chosen = isinstance(element, OptionSelect) and all(
+        isinstance(one, str) for one in listed(answer))  # one or several, whatever it is now
+    if element and (is_chosen or element.fits(answer)):
+        return element.words(answer, names)
+    if isinstance(answer, bool):
+        return YES if answer else NO
+    return ", ".join(names.get(one, one) if isinstance(one, str) else json.dumps(one)
+                     for one in listed(answer))
+
+
+def as_cell(text: str) -> str:
+    """Return a text that no spreadsheet takes for a formula."""
+    return f"'{text}" if FORMULA_RE.match(text) else text
+
+
+def export(settings: Settings) -> int:
+    """Print all tickets as CSV; return the exit status.
+
+    https://www.rfc-editor.org/rfc/rfc4180
+    """
+    elements = {element.name: element for element in settings.form.elements}
+    names, rows = list(elements), []
+    with contextlib.closing(Archive(settings)) as archive:
+        for channel in archive.channels():
+            for ticket, _ in list(archive.tickets(channel))[::-1]:
+                names += [name for name in ticket.answers if name not in names]
+                link = archive.mattermost.link(ticket.post_id)
+                rows.append((ticket_cells(ticket, channel, link), {
+                    name: in_words(answer, elements.get(name), ticket.old_names)
+                    for name, answer in ticket.answers.items()}))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace", newline="")
+    table = csv.writer(sys.stdout)
+    table.writerow(map(as_cell, [*TICKET_COLUMNS, *(
+        f"form.{name}" if name in TICKET_COLUMNS else name for name in names)]))
+    for cells, answers in rows:
+        table.writerow(map(as_cell, [*cells.values(), *(answers.get(name, "") for name in names)]))
+    sys.stdout.flush()
+    return 0 if archive.is_whole else 1
+
+
+def remind(settings: Settings, days: float) -> int:
+    """Reply to open tickets in which nothing has happened for some days; return the exit status."""
+    latest = milliseconds() - days * DAY * 1000
+    with contextlib.closing(Archive(settings)) as archive:
+        silent = [(news, ticket) for channel in archive.channels() if not channel.get("delete_at")
+                  for ticket, post in archive.tickets(channel)
+                  if (news := last_news(post)) < latest and is_to_be_solved(ticket)]
+        silent.sort(key=lambda one: one[0])
+        told, failed, closed_to_us = 0, 0, set()
+        for number, (news, ticket) in enumerate(silent):
+            if told == MAX_REMINDERS:
+                say(f"{len(silent) - number} more are silent: the next run reminds of them")
+                break
+            if ticket.channel_id in closed_to_us:
+                continue
+            mark = archive.service.seal.signatures("remind", f"{ticket.post_id} {news}")[0]
+            try:
+                with archive.mattermost.retrying():
+                    archive.service.channels.reply(
+                        ticket.channel_id, ticket.post_id,
+                        reminder(ticket, news, settings.form.mention), mark)
+                print(ticket.id, flush=True)
+                told += 1
+            except NotAllowed as error:
+                failed += 1
+                say(f"{ticket.id} was not reminded of: {error}")
+            except Problem as error:  # we can't post in its channel
+                closed_to_us.add(ticket.channel_id)
+                say(f"{ticket.id} and others there were not reminded of: {error.log}")
+    return 1 if failed or closed_to_us or not archive.is_whole else 0
+
+
+def last_news(post: Json) -> int:
+    """Return the time of the last change in a thread, in milliseconds."""
+    return max(whole_number(post.get(key)) for key in ("create_at", "update_at", "last_reply_at"))
+
+
+def is_to_be_solved(ticket: Ticket) -> bool:
+    """Return whether somebody can still be given a ticket."""
+    return ticket.status in STATUSES and HAND_OVER in STATUSES[ticket.status].steps
+
+
+def reminder(ticket: Ticket, news: int, mention: str) -> str:
+    """Return the reminder for a silent ticket."""
+    who = f"@{ticket.status_by}" if ticket.status == TAKEN else mention
+    day = time_in_utc(news)[:10]
+    return REMINDER_TO.format(who=who, day=day) if who else REMINDER.format(day=day)
+
+
+def days_in(text: str) -> float:
+    """Return a number of days."""
+    with contextlib.suppress(ValueError):
+        if 0 < (days := float(text)) < float("inf"):
+            return days
+    raise SettingsError(f"--remind {text!r:.60}: must be a number of days, such as 3 or 0.5")
+
+
 class Parser(argparse.ArgumentParser):
     """Reads the command line; what is wrong with it is one sentence."""
 
@@ -4430,6 +4866,11 @@ def command_line() -> Parser:
     options = parser.add_mutually_exclusive_group()
     options.add_argument("--check", action="store_true", help="check settings and Mattermost")
     options.add_argument("--health", action="store_true", help="ask the running service")
+    options.add_argument("--setup", nargs="+", metavar="TEAM",
+                         help="set up Mattermost for teams; print the settings")
+    options.add_argument("--export", action="store_true", help="print all tickets as CSV")
+    options.add_argument("--remind", metavar="DAYS",
+                         help="reply to tickets in which nothing has happened for so long")
     return parser
 
 
@@ -4460,7 +4901,11 @@ def run(chosen: argparse.Namespace, environ: Environ) -> int:
     """Do what was chosen on the command line; return the exit status."""
     if chosen.health:
         return health(environ)
-    if not chosen.check:
+    if chosen.setup:
+        return set_up(environ, chosen.setup)
+    days = 0 if chosen.remind is None else days_in(chosen.remind)
+    is_command = chosen.check or chosen.export or days
+    if not is_command:
         # Early, so that sigwait() in run_service() gets them: as PID 1, nothing else would end us.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     settings = Settings.from_environment(environ)
@@ -4468,7 +4913,9 @@ def run(chosen: argparse.Namespace, environ: Environ) -> int:
         return print_checks(settings)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s",
                         datefmt="%Y-%m-%d %H:%M:%S%z")
-    return run_service(settings)
+    if chosen.export:
+        return export(settings)
+    return remind(settings, days) if days else run_service(settings)
 
 
 def end(status: int) -> None:
