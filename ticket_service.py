@@ -160,7 +160,8 @@ STATUSES = {  # the first is that of a new ticket
         already="This ticket is already closed by @{status_by}."),
 }
 NEW, TAKEN, CLOSED = "open", "taken", "closed"  # the program itself gives or looks for these
-# An action's ID is a status and a step, joined: Mattermost calls only for letters and digits.
+# An action's ID is a status and a step, joined. If it has anything but letters and digits,
+# Mattermost makes no call for it.
 assert all(re.fullmatch("[A-Za-z0-9]+", key)
            for name, status in STATUSES.items() for key in (name, *status.steps))
 
@@ -180,7 +181,7 @@ HANDED_OVER = "{taker} takes care of this ticket: {by} handed it over."
 EDITED = "{by} edited this ticket."
 TELL_REPORTER = "{reply} (@{reporter})"
 NO_ANSWER, LONG_ANSWER = "–", "…"  # behind EDITED: for an answer that is gone, or long
-TO_EDITOR = "@{by}: {sentence}"  # behind EDITED: a form's response can't say it
+TO_EDITOR = "@{by}: {sentence}"  # a line behind EDITED: the response to a form has no room for it
 SUBMITTED_AGAIN = "{by} submitted the form again, with other answers:"
 ASKED_HERE = "A ticket: [#{ticket_id}]({link})"
 REMINDER = "Nothing has happened here since {day}. Is this ticket still open?"
@@ -486,7 +487,7 @@ class TicketService:
         self.changes.tell_thread(change)
 
     def log_once(self, sentence: str) -> None:
-        """Log a sentence, the first time only: that works what can't be checked from here."""
+        """Log a sentence once: it says that something works that --check can't test."""
         if sentence not in self.logged:
             self.logged.add(sentence)
             log.info(sentence)
@@ -587,6 +588,14 @@ class Tickets:
         if draft.posted_print != fingerprint(answers.values):
             self.post_other_answers(draft, answers)
 
+    def proofs(self, purpose: str, draft: Draft) -> list[str]:
+        """Return signatures of a draft's nonce, one for each slash token; the first for new posts.
+
+        They prove that a post is of this dialog. Not the nonce itself: people can read it in the
+        state, and make a post with it first.
+        """
+        return self.service.seal.signatures(purpose, draft.asked.nonce)
+
     def find_or_make(self, draft: Draft, answers: Answers) -> None:
         """Let a draft have its ticket: that of an earlier try, or a new one."""
         proofs = self.proofs("ticket", draft)
@@ -616,9 +625,8 @@ class Tickets:
 
     def earlier_in(self, channel_id: str, draft: Draft, proofs: list[str]) -> Json | None:
         """Return the post that an earlier try may have made in a channel, or None."""
-        sentence = NOT_KNOWN
-        if draft.is_unsure:
-            sentence = NOT_KNOWN_BY_ID.format(ticket_id=draft.ticket_id)
+        sentence = (NOT_KNOWN_BY_ID if draft.is_unsure else NOT_KNOWN).format(
+            ticket_id=draft.ticket_id)
         since = (draft.look_since - self.clocks_differ) * 1000
         try:
             posts = self.mattermost.get_channel_posts(channel_id, since)
@@ -658,14 +666,6 @@ class Tickets:
                 draft.look_since = draft.look_since or now
             raise
         return made
-
-    def proofs(self, purpose: str, draft: Draft) -> list[str]:
-        """Return signatures of a draft's nonce, one for each slash token; the first for new posts.
-
-        They prove that a post is of this dialog. Not the nonce itself: people can read it in the
-        state, and make a post with it first.
-        """
-        return self.service.seal.signatures(purpose, draft.asked.nonce)
 
     def post_other_answers(self, draft: Draft, answers: Answers) -> None:
         """Post answers that are not in the ticket in its thread.
@@ -717,7 +717,7 @@ class Tickets:
                    purpose: str) -> None:
         """Reply in a thread, unless an earlier try has; a failure is only logged."""
         try:
-            # Where it was asked for, the ID is enough: the link may have been another one.
+            # Where it was asked for, look for the ID only: the link changes with the SiteURL.
             trace = message if root_id == draft.post_id else f"#{draft.ticket_id}"
             if not (draft.was_found and self.has_replied(root_id, trace)):
                 self.channels.reply(channel_id, root_id, message,
@@ -783,9 +783,9 @@ class TicketMemory:
 class Changes:
     """The one way to change a ticket: its post is read, the change decided, and the post patched.
 
-    One change of a ticket at a time. It is made once Mattermost has answered the patch. Whoever
-    comes too late can be told so: a button carries the status_at that it belongs to, a form to edit
-    the fingerprint of the answers it began with.
+    One change of a ticket at a time. A change counts as made when Mattermost has answered the
+    patch. Whoever comes too late can be told so: a button carries the status_at that it belongs to,
+    a form to edit the fingerprint of the answers it began with.
     """
 
     # Seconds before each look at the post, if the patch was refused, or not answered.
@@ -884,6 +884,7 @@ class Changes:
     def edited(self, ticket: Ticket, asked: EditState, submission: Submission) -> Change | None:
         """Return the change that an Edit asks for, whatever status the ticket has; or None."""
         form, directory = self.service.form, self.service.directory
+        # A form can't show people and channels chosen before: where it is left empty, they stay.
         values = form.values_in(
             form.keeping_people_and_channels(submission.answers, ticket.answers), asked.time)
         for name, old in ticket.answers.items():
@@ -1242,7 +1243,7 @@ def names_of(answers: Answers) -> dict[str, str]:
 
 def check_length(ticket: Ticket, mattermost: Mattermost) -> None:
     """Raise Problem if a ticket is too long for Mattermost, or would be with another status."""
-    if len(ticket.message) < MAX_POST_SIZE // 2:  # far from each limit
+    if len(ticket.message) < MAX_POST_SIZE // 2:  # far from each limit, as nearly all are
         return
     now, *later = (
         len(second_line(ticket.id, ticket.reporter.name, *of_status)) for of_status in (
@@ -1252,8 +1253,8 @@ def check_length(ticket: Ticket, mattermost: Mattermost) -> None:
     length = len(ticket.message) + growth
     if length <= MAX_POST_SIZE:  # at four bytes each, in message and props, that is few enough
         return
-    # Three limits: characters of the message; its bytes, for mentions; bytes of the whole post, in
-    # which each typed character is twice, in message and props.
+    # Three limits: characters of the message; its bytes, as Mattermost looks for no mention in a
+    # longer one; bytes of the whole post, in which each typed character is in message and props.
     size = len(ticket.message.encode("utf-8", "replace")) + growth
     whole = len(json_bytes({"message": ticket.message, "props": ticket.props})) + growth
     excess = max(length - mattermost.max_post_size(),
@@ -1298,8 +1299,8 @@ def content_of(ticket: Ticket, service: TicketService) -> Json:
     """Return `message` and `props` for a ticket's post, buttons and menu included."""
     status, url = STATUSES[ticket.status], service.settings.callback_url + "/ticket/action"
     menu, button = {"type": "select", "data_source": "users"}, {"type": "button"}
-    # Mattermost does what has the pressed ID in the post as it is now: with the status in the ID,
-    # an outdated button finds nothing.
+    # Mattermost looks the pressed ID up in the post as it is now: since the ID holds the status, an
+    # outdated button is not found.
     actions = [
         {"id": ticket.status + wanted, "name": name, **(menu if wanted == HAND_OVER else button),
          "integration": {"url": url, "context": {"signed": service.seal.sign(
@@ -1415,7 +1416,7 @@ class EditState(NamedTuple):
     answers_print: str  # fingerprint of the answers that it began with
 
 
-MAX_STATE_AGE = DAY  # at most
+MAX_STATE_AGE = DAY
 PURPOSES: dict[type[State | EditState], str] = {State: "state", EditState: "edit"}
 
 
@@ -1798,9 +1799,10 @@ class Response(NamedTuple):
 class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     """Opens http and https URLs on connections that are kept for the next call.
 
-    A new TLS connection costs more time than all else in a call. One that dies may have brought
-    its request. Nearly all of ours may be sent again at once: a GET, a dialog, a patch, and what
-    only one person sees. But a Mattermost that has just been restarted would make a post twice.
+    A new TLS connection costs more time than all else in a call. When a kept one dies, its request
+    may have arrived all the same. Nearly all of ours may be sent again at once: a GET, a dialog, a
+    patch, and what only one person sees. But a Mattermost that has just been restarted knows no
+    pending_post_id any more, and would make a post twice.
     """
 
     most, longest = 64, 10  # idle connections, and for how many seconds they are kept
@@ -1890,7 +1892,8 @@ class Client:
     pause = 1.0  # second before the second try; each is twice as long, up to two seconds
     patience = 20  # seconds in which calls are made again, as long as somebody is patient()
     patience_before_form = 5  # the same, until a form has opened
-    # Seconds for a whole call of --check and the like; 0 in the service: section 8 has its clock.
+    # Seconds for a whole call of --check and the like; 0, no limit, in the service: its server
+    # answers in time without one (Server.answer_within).
     command_waits = 0.0
 
     def __init__(self, url: str, token: str, tls: ssl.SSLContext | None) -> None:
@@ -3247,8 +3250,8 @@ PING_RE = re.compile(f"{CHANNEL_MENTION}|{REFERENCE}")
 # ![x](url); !\[x](url) is one as well, where it is in the text of a link.
 IMAGE_RE = re.compile(r"!(?=\\*\[)")
 # What may be a definition, [x]: url, also behind >, - or - [ ], and over several lines. A match
-# ends at the first ] that is neither escaped nor that of a - [ ]. For some programs, it ends at
-# such a ] already: so quote() breaks every ]: in a match.
+# ends at the first ] that is neither escaped nor that of a - [ ]. Some programs let one of these
+# end the label as well: so quote() breaks every ]: in a match.
 TASK = r"\[[ xX]\](?=\s)"
 DEFINITION_RE = re.compile(rf"^(?:[ \t\xa0>*+\-\d.)]|{TASK})*\[(?:{TASK}|[^\]\\]|\\.)*+(?:\]:)?",
                            re.MULTILINE | re.DOTALL)
@@ -3387,7 +3390,7 @@ def typed_code(fence: re.Match[str], lines: list[str]) -> str:
     """Return the lines that stood between two fences, in a code block, and an empty line."""
     blanks, language = re.compile(f"[ \t\xa0]{{0,{len(fence[1])}}}"), fence[3].strip()
     lines = [blanks.sub("", line, count=1) for line in lines]
-    if not LANGUAGE_RE.fullmatch(language):  # but text: nobody would see it behind our fence
+    if not LANGUAGE_RE.fullmatch(language):  # it is typed text, which nobody would see there
         lines, language = [language, *lines], ""
     return code_block("\n".join(lines), language) + "\n\n"
 
@@ -4514,7 +4517,7 @@ class SetUp:
             raise Problem(f"the account {BOT_NAME} is a person's, and no bot: rename it")
         if bot.get("delete_at"):
             raise Problem(f"the bot {BOT_NAME} is disabled: enable it (Integrations › Bot "
-                                "Accounts)")
+                          "Accounts)")
         return bot
 
     def command(self, team: Json) -> Json:
@@ -4526,7 +4529,7 @@ class SetUp:
         for command in found:
             if not str(command.get("url")).endswith("/ticket"):
                 raise Problem(f"the team {team.get('name')} has another command "
-                                    f"/{TRIGGER_WORD}: it is left alone; delete or rename it")
+                              f"/{TRIGGER_WORD}: it is left alone; delete or rename it")
             return command
         return {}
 
@@ -4617,7 +4620,7 @@ def set_up(environ: Environ, team_names: list[str]) -> int:
         print("\n".join(work.run(team_names, asked_for)), flush=True)
     except (EOFError, UnicodeDecodeError) as error:
         raise Problem("standard input can't be read: user name, password and, if Mattermost "
-                            "asks for it, MFA code are wanted, a line each") from error
+                      "asks for it, MFA code are wanted, a line each") from error
     finally:
         work.api.connections.close()
     return 0
