@@ -16,7 +16,7 @@ The life of a ticket:
 
 All that is known of a ticket is in its post. To change the form, edit FORM or name a file in
 FORM_FILE. What a ticket can be is in STATUSES, what people read stands below it, how a ticket looks
-is in Ticket. `--help` lists the settings; the rest is in README.md.
+is in new_ticket() and Ticket. `--help` lists the settings; the rest is in README.md.
 """
 
 from __future__ import annotations
