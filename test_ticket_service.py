@@ -3466,7 +3466,8 @@ class ReportsTest(LifeCase):
     def test_links_follow_the_site_url(self):
         self.assertLessEqual(ticket_service.Mattermost.config_is_kept, 60)
         for site_url, kept, expected in (
-                ("http://old.test", 60, "http://old.test"), ("http://new.test", 60, "http://old.test"),
+                ("http://old.test", 60, "http://old.test"),
+                ("http://new.test", 60, "http://old.test"),
                 ("http://new.test/chat/", 0, "http://new.test/chat")):
             self.mattermost.site_url = site_url
             self.service.service.mattermost.config_is_kept = kept
