@@ -601,30 +601,29 @@ class Tickets:
         proofs = self.proofs("ticket", draft)
         made = self.mattermost.retried(
             lambda: self.earlier(draft, proofs) or self.make(draft, answers, proofs))
-        draft.ticket_id, draft.post_id = made["props"]["ticket_id"], made["id"]
-        draft.channel_id = matching(ID_RE, made.get("channel_id")) or draft.channel_id
-        draft.posted_print = fingerprint(made["props"]["ticket"].get("answers"))
+        draft.ticket_id, draft.post_id, draft.channel_id = made.id, made.post_id, made.channel_id
+        draft.posted_print = made.answers_print
         # One with replies is an earlier try's as well: Mattermost returns the first post that came
         # with a pending_post_id.
-        draft.was_found |= bool(made.get("reply_count"))
+        draft.was_found |= made.reply_count > 0
         log.info("ticket=%s user=%s channel=%s post=%s", draft.ticket_id, draft.asked.user_name,
                  draft.channel_id, draft.post_id)
 
-    def earlier(self, draft: Draft, proofs: list[str]) -> Json | None:
-        """Return the post that an earlier try of the same draft may have made, or None."""
+    def earlier(self, draft: Draft, proofs: list[str]) -> Ticket | None:
+        """Return the ticket that an earlier try of the same draft may have made, or None."""
         if not draft.look_since:
             return None
         channels = [draft.channel_id]
         if not draft.is_unsure:  # an earlier process may have sent it elsewhere
             channels += [*self.form.channels, self.channels.usual_channel(draft.asked.channel_id)]
         for channel_id in dict.fromkeys(channels):
-            if post := self.earlier_in(channel_id, draft, proofs):
+            if ticket := self.earlier_in(channel_id, draft, proofs):
                 draft.was_found = True
-                return post
+                return ticket
         return None
 
-    def earlier_in(self, channel_id: str, draft: Draft, proofs: list[str]) -> Json | None:
-        """Return the post that an earlier try may have made in a channel, or None."""
+    def earlier_in(self, channel_id: str, draft: Draft, proofs: list[str]) -> Ticket | None:
+        """Return the ticket that an earlier try may have made in a channel, or None."""
         sentence = (NOT_KNOWN_BY_ID if draft.is_unsure else NOT_KNOWN).format(
             ticket_id=draft.ticket_id)
         since = (draft.look_since - self.clocks_differ) * 1000
@@ -640,15 +639,16 @@ class Tickets:
                 return None
             raise
         for post in posts:
-            if (is_ticket_of(post, proofs) and post.get("user_id") == bot_id
+            ticket = Ticket.from_post(post)
+            if (ticket and ticket.data.get("nonce") in proofs and post.get("user_id") == bot_id
                     and not post.get("delete_at")):
-                return post
+                return ticket
         if len(posts) >= POSTS:  # a full page: the ticket may be among those that we did not get
             raise Problem(sentence)
         return None
 
-    def make(self, draft: Draft, answers: Answers, proofs: list[str]) -> Json:
-        """Return the post of a new ticket, as Mattermost has made it."""
+    def make(self, draft: Draft, answers: Answers, proofs: list[str]) -> Ticket:
+        """Return a new ticket, as Mattermost has made its post."""
         draft.ticket_id = draft.ticket_id or self.ids.next()
         asked, now = draft.asked, int(time.time())
         ticket = new_ticket(draft.ticket_id, self.form, answers, asked, proof=proofs[0],
@@ -657,8 +657,9 @@ class Tickets:
         content = content_of(ticket, self.service)
         post = new_post(draft.channel_id, content["message"], proofs[0], **content["props"])
         try:
-            made = self.channels.create_post(post, asked.channel_id, draft.team_id)
-            if not is_ticket_of(made, proofs):
+            made = Ticket.from_post(
+                self.channels.create_post(post, asked.channel_id, draft.team_id))
+            if not made or made.data.get("nonce") not in proofs:
                 raise self.mattermost.odd_answer()
         except MattermostError as error:
             if error.may_have_worked:
@@ -996,6 +997,7 @@ class Ticket:
     props: Json
     update_at: int = 0  # milliseconds; of the post
     answers_print: str = ""  # fingerprint; not of a new ticket
+    reply_count: int = 0
     is_stale: bool = False  # the post is older than status and answers_print
 
     @classmethod
@@ -1005,6 +1007,7 @@ class Ticket:
             ticket = cls(id=post["props"]["ticket_id"], post_id=post["id"],
                          channel_id=post["channel_id"], message=post["message"],
                          props=post["props"], update_at=whole_number(post.get("update_at")),
+                         reply_count=whole_number(post.get("reply_count")),
                          answers_print=fingerprint(post["props"]["ticket"]["answers"]))
             data = ticket.data
             if (matching(TICKET_ID_RE, ticket.id) and matching(ID_RE, ticket.post_id)
@@ -1270,15 +1273,6 @@ def characters_to_cut(text: str, size: int, to_bytes: Callable[[str], bytes]) ->
     sizes = itertools.accumulate(
         (len(to_bytes(character)) - empty for character in reversed(text)), initial=0)
     return next((number for number, total in enumerate(sizes) if total >= size), len(text))
-
-
-def is_ticket_of(post: Any, proofs: list[str]) -> bool:
-    """Return whether a post is the ticket of the dialog that these proofs are of."""
-    with contextlib.suppress(LookupError, TypeError):
-        props = post["props"]
-        return bool(props["ticket"]["nonce"] in proofs and matching(ID_RE, post["id"])
-                    and matching(TICKET_ID_RE, props["ticket_id"]))
-    return False
 
 
 def new_post(channel_id: str, message: str, pending_post_id: str, root_id: str = "",
