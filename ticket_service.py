@@ -165,8 +165,9 @@ NEW, TAKEN, CLOSED = "open", "taken", "closed"  # the program itself gives or lo
 assert all(re.fullmatch("[A-Za-z0-9]+", key)
            for name, status in STATUSES.items() for key in (name, *status.steps))
 
-# In a ticket. To change one, we find these in its post again: HEADING is # and {mark} {subject},
-# SECOND_LINE holds #{ticket_id} and {status}, THREAD and FOR begin with words of their own.
+# In a ticket. A change finds these in its post again, so who translates them keeps their shape:
+# HEADING is some # and {mark} {subject}, SECOND_LINE holds #{ticket_id} and {status}, THREAD and
+# FOR begin with words of their own.
 HEADING = "##### {mark} {subject}"
 SECOND_LINE = "#{ticket_id} · @{reporter} · {status}"
 EDITED_BY = " · edited by @{user_name}"
@@ -451,7 +452,7 @@ class TicketService:
         if change.failure and change.failure.may_have_worked:
             return {"ephemeral_text": why_not_changed(
                 change.failure, PRESS_AGAIN, TOO_LONG_TO_CHANGE)}
-        # Where posts may not be edited, Mattermost still does what a response says.
+        # A failure that is left is a refused edit: Mattermost still does what a response says.
         response: Json = {"update": change.content} if change.failure else {}
         if to != by and self.directory.outside(change.ticket.channel_id, [to.id]):
             response["ephemeral_text"] = THEY_ARE_OUTSIDE.format(people=f"@{to.name}")
@@ -464,7 +465,7 @@ class TicketService:
             raise Problem(ticket.already())
         if not self.directory.is_member(ticket.channel_id, press.user_id):
             raise Problem(NOT_FOR_YOU)
-        self.changes.refuse_stale(ticket)
+        self.changes.refuse_stale(ticket)  # of a replica: the form would begin with old answers
         dialog = self.form.filled(ticket.answers, ticket.old_names)
         if not dialog or ticket.body_lines() is None:
             raise Problem(NOT_EDITABLE)
@@ -505,9 +506,9 @@ def sentence_for(error: MattermostError, again: str, refused: str) -> str:
     """
     if error.may_pass:
         return again
-    if error.status is None:
+    if error.status is None:  # nobody answered, and nobody will: a bad certificate, or no TLS
         return NOT_SECURE
-    if error.is_foreign:
+    if error.is_foreign:  # no error of Mattermost's own: a proxy answered, or another program
         return IN_PLACE if error.status < 300 else IN_BETWEEN.format(status=error.status)
     return BAD_TOKEN if error.status == 401 else refused
 
@@ -592,7 +593,7 @@ class Tickets:
         """Return signatures of a draft's nonce, one for each slash token; the first for new posts.
 
         They prove that a post is of this dialog. Not the nonce itself: people can read it in the
-        state, and make a post with it first.
+        state, and make a post with it first. A ticket keeps its proof under an old key, "nonce".
         """
         return self.service.seal.signatures(purpose, draft.asked.nonce)
 
@@ -603,8 +604,8 @@ class Tickets:
             lambda: self.earlier(draft, proofs) or self.make(draft, answers, proofs))
         draft.ticket_id, draft.post_id, draft.channel_id = made.id, made.post_id, made.channel_id
         draft.posted_print = made.answers_print
-        # One with replies is an earlier try's as well: Mattermost returns the first post that came
-        # with a pending_post_id.
+        # Mattermost answers a pending_post_id that it knows with the post that it made then. Only
+        # such an old one can have replies.
         draft.was_found |= made.reply_count > 0
         log.info("ticket=%s user=%s channel=%s post=%s", draft.ticket_id, draft.asked.user_name,
                  draft.channel_id, draft.post_id)
@@ -752,7 +753,7 @@ class Change:
     | `is_edit_refused` | refused: posts may not be   | nothing: a press's   | when the post shows |
     |                   | edited, or not for so long, | response asks for    | the change          |
     |                   | or no PUT gets through      | the update           |                     |
-    | the same          | that of an Edit             | NO_EDITS             | nothing             |
+    | the same          | that of an Edit             | why it can't be      | nothing             |
     | `may_have_worked` | not answered                | to look at it        | when the post shows |
     |                   |                             |                      | the change          |
     """
@@ -897,7 +898,7 @@ class Changes:
             return None
         if ticket.answers_print != asked.answers_print:
             raise Problem(EDITED_MEANWHILE.format(ticket_id=ticket.id))
-        self.refuse_stale(ticket)  # before an older post leads to NOT_EDITABLE
+        self.refuse_stale(ticket)  # nothing may be worked out from an older post
         answers = Answers(
             values, directory.names(form.answered(values), ticket.channel_id, ticket.old_names))
         changed = ticket.with_answers(form, answers, User(asked.user_id, asked.user_name))
@@ -1196,7 +1197,7 @@ def new_ticket(ticket_id: str, form: Form, answers: Answers, asked: State, *, pr
     lines += [FOR.format(mention=form.mention)] if form.mention else []
     data = {"user_id": asked.user_id, "user_name": by, "answers": answers.values,
             "names": names_of(answers), "created_at": now,
-            "nonce": proof,  # an old key: it is the signature
+            "nonce": proof,
             "status": NEW, "status_by": by, "status_at": now,
             "history": [{"status": NEW, "by": by, "at": now}], "body": body_print(body)}
     return Ticket(id=ticket_id, post_id="", channel_id="", message="\n".join([*lines, *body]),
@@ -1246,18 +1247,18 @@ def names_of(answers: Answers) -> dict[str, str]:
 
 def check_length(ticket: Ticket, mattermost: Mattermost) -> None:
     """Raise Problem if a ticket is too long for Mattermost, or would be with another status."""
-    if len(ticket.message) < MAX_POST_SIZE // 2:  # far from each limit, as nearly all are
-        return
-    now, *later = (
-        len(second_line(ticket.id, ticket.reporter.name, *of_status)) for of_status in (
-            (ticket.status, ticket.status_by, ticket.editor),
-            *((status, "x" * 64, "x" * 64) for status in STATUSES)))
-    growth = max(later) - now
-    length = len(ticket.message) + growth
-    if length <= MAX_POST_SIZE:  # at four bytes each, in message and props, that is few enough
-        return
+    def line_length(status: str, status_by: str, editor: str) -> int:
+        return len(second_line(ticket.id, ticket.reporter.name, status, status_by, editor))
+
     # Three limits: characters of the message; its bytes, as Mattermost looks for no mention in a
     # longer one; bytes of the whole post, in which each typed character is in message and props.
+    if len(ticket.message) < MAX_POST_SIZE // 2:  # far from each, as nearly all are
+        return
+    longest = max(line_length(status, "x" * 64, "x" * 64) for status in STATUSES)
+    growth = longest - line_length(ticket.status, ticket.status_by, ticket.editor)
+    length = len(ticket.message) + growth
+    if length <= MAX_POST_SIZE:  # four bytes for each, twice: below both limits of bytes
+        return
     size = len(ticket.message.encode("utf-8", "replace")) + growth
     whole = len(json_bytes({"message": ticket.message, "props": ticket.props})) + growth
     excess = max(length - mattermost.max_post_size(),
@@ -1791,7 +1792,7 @@ class Response(NamedTuple):
 
 
 class KeptConnections(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
-    """Opens http and https URLs on connections that are kept for the next call.
+    """Opens the URLs of one host, http or https, on connections that are kept for the next call.
 
     A new TLS connection costs more time than all else in a call. When a kept one dies, its request
     may have arrived all the same. Nearly all of ours may be sent again at once: a GET, a dialog, a
@@ -1884,7 +1885,7 @@ class Client:
 
     timeout = 5  # seconds, for each step of a call: connect, send, wait, read
     pause = 1.0  # second before the second try; each is twice as long, up to two seconds
-    patience = 20  # seconds in which calls are made again, as long as somebody is patient()
+    patience = 20  # seconds in which calls are made again, inside retrying()
     patience_before_form = 5  # the same, until a form has opened
     # Seconds for a whole call of --check and the like; 0, no limit, in the service: its server
     # answers in time without one (Server.answer_within).
@@ -2203,10 +2204,10 @@ class Channels:
         return self.settings.ticket_channel or channel_id
 
     def ensure_can_post(self, channel_id: str, asked_in: str, team_id: str = "") -> None:
-        """Raise Problem if the bot can't post in a channel, for what was asked for in another one.
+        """Raise Problem if the bot can't post in a channel.
 
-        `team_id` is that of the other one, if it is known. A channel that Mattermost says nothing
-        about is good until it refuses a post.
+        `asked_in` is where the person is, this channel or another one; `team_id` is its team, if
+        that is known. A channel that Mattermost says nothing about is good until it refuses a post.
         """
         if channel_id in self.good:
             return
@@ -2827,6 +2828,7 @@ class UserSelect(Select):
                          for one in self.ids(answer))
 
     def mentions(self, answer: Any, names: Names) -> dict[str, str]:
+        # "" for those in the old answers only: news() asks who was mentioned before.
         return {one: names[one].markdown if one in names and names[one].is_person else ""
                 for one in self.ids(answer)}
 
@@ -3083,7 +3085,7 @@ class Form:
             isinstance(element, OptionSelect) and not element.is_optional
             and all("channel" in option for option in element.options.values())
             for element in self.elements)
-        self.frame = {**without(form, OUR_KEYS), "callback_id": "ticket"}  # without elements
+        self.frame = {**without(form, OUR_KEYS), "callback_id": "ticket"}  # around the elements
         self.title: str = form["title"]
         if (size := len(json_bytes(self.dialog()))) > DIALOG_BYTES:
             raise ValueError(f"must have at most {DIALOG_BYTES} bytes in all, not {size}")
@@ -3244,8 +3246,8 @@ PING_RE = re.compile(f"{CHANNEL_MENTION}|{REFERENCE}")
 # ![x](url); !\[x](url) is one as well, where it is in the text of a link.
 IMAGE_RE = re.compile(r"!(?=\\*\[)")
 # What may be a definition, [x]: url, also behind >, - or - [ ], and over several lines. A match
-# ends at the first ] that is neither escaped nor that of a - [ ]. Some programs let one of these
-# end the label as well: so quote() breaks every ]: in a match.
+# ends at the first ] that is neither escaped nor that of a - [ ]. Some programs end the label at
+# such a ] as well: so quote() breaks every ]: in a match.
 TASK = r"\[[ xX]\](?=\s)"
 DEFINITION_RE = re.compile(rf"^(?:[ \t\xa0>*+\-\d.)]|{TASK})*\[(?:{TASK}|[^\]\\]|\\.)*+(?:\]:)?",
                            re.MULTILINE | re.DOTALL)
@@ -3987,6 +3989,7 @@ class Server(Listener):
                  threads: int = 128) -> None:
         """Listen; `files` is how many may be open, `threads` how many requests are worked on."""
         self.service = service
+        # Each request takes a file, each thread another one, to call Mattermost; some are left.
         self.most_requests, self.most_threads = min(4096, files // 3), min(threads, files // 4)
         self.pool = ThreadPoolExecutor(self.most_threads)  # each thread may call Mattermost
         self.free_threads = threading.Semaphore(self.most_threads)
@@ -4697,7 +4700,7 @@ class Archive:
         def page() -> list[Json]:
             while True:
                 try:
-                    self.mattermost.bot_id()
+                    self.mattermost.bot_id()  # for tickets(): here it is asked for again if need be
                     return self.mattermost.get_root_posts(channel_id, before, self.page)
                 except AnswerTooLong:
                     if self.page == 1:
