@@ -6264,7 +6264,8 @@ PAGE = r"""<!DOCTYPE html>
 body { font: 15px/1.45 "Open Sans", sans-serif; max-width: 75rem; margin: 0 auto;
   padding: 0 1rem 1rem; color: #3f4350; overflow-wrap: anywhere; }
 header, form.say, #root { display: flex; gap: .4rem .8rem; flex-wrap: wrap; align-items: center; }
-header { background: #1e325c; color: #fff; margin: 0 -1rem; padding: .6rem 1rem; }
+header, #switch { background: #1e325c; color: #fff; }
+header { margin: 0 -1rem; padding: .6rem 1rem; }
 .note, small, time { color: #6b6e7a; }
 summary { font-weight: bold; padding: .6rem 0; }
 .thread { border-top: 1px solid #dfe3ec; padding: .4rem; max-height: 9rem; overflow: hidden; }
@@ -6280,7 +6281,7 @@ summary { font-weight: bold; padding: .6rem 0; }
   font-weight: bold; vertical-align: middle; }
 p, ul, h1, h2, h3, h4, h5, h6 { margin: .2rem 0; font-size: inherit; }
 .attachment { border: 1px solid #dfe3ec; border-left: 4px solid; border-radius: 4px;
-  margin: .5rem 0; padding: .5rem; display: flex; flex-wrap: wrap; gap: .3rem; }
+  margin: .4rem 0; padding: .4rem; display: flex; flex-wrap: wrap; gap: .3rem; }
 .attachment button { background: #fff; color: #1c58d9; border-color: #1c58d9; font-weight: bold; }
 .attachment select { background: #fff; width: 7.3rem; padding: .3rem 0; font-size: .9em; }
 button.link { border: 0; padding: 0; background: none; color: #1c58d9; font-size: .85em; }
@@ -6304,7 +6305,8 @@ form.say textarea { flex: 1; min-width: 8rem; max-height: 9rem; resize: none;
 dialog { width: 34rem; max-width: calc(100vw - 1rem); border: 1px solid #889; border-radius: 8px; }
 dialog .field { margin: .9rem 0; }
 dialog label.name { display: block; font-weight: bold; }
-dialog input:not([type=checkbox], [type=radio]), dialog textarea, dialog select { width: 100%; }
+.field :is(select, textarea, input:not([type=checkbox], [type=radio])) { width: 100%; }
+dialog #switch { display: block; margin: -1rem -1rem .8rem; padding: .6rem 1rem; }
 dialog .buttons { display: flex; justify-content: end; gap: .5rem; }
 dialog button.main { background: #1c58d9; color: #fff; border-color: #1c58d9; }
 @media (min-width: 60rem) {
@@ -6315,10 +6317,12 @@ dialog button.main { background: #1c58d9; color: #fff; border-color: #1c58d9; }
 <header>
   <label>You are <select id="user"><option>alice<option>bob</select></label>
   <label>in <select id="channel"></select></label>
-  <label>Mattermost is <select id="failure"></select></label>
+  <label id="switch">Mattermost is <select id="failure"></select></label>
 </header>
 <p class="note">A stand-in for Mattermost, with the real service behind it: type
-  <code>/ticket disk is full</code>, be alice or bob. This channel: <code id="where"></code></p>
+  <code>/ticket disk is full</code>, be alice or bob, let Mattermost fail. While a form is open, that
+  switch is above it; if Mattermost is down already, no form opens.
+  This channel: <code id="where"></code></p>
 <div class="page">
 <details id="threads"><summary></summary><div></div></details>
 <div>
@@ -6419,6 +6423,8 @@ function showEach(place, things, toHtml) {
   while (place.children.length > things.length) place.lastChild.remove();
 }
 
+const replies = ({reply_count: count}) =>
+  count ? `${count} ${count === 1 ? "reply" : "replies"}` : "Reply";
 const clock = moment => new Date(moment).toTimeString().slice(0, 5);
 const optionsOf = ({data_source, options}) => ({users: state.people.map(
   ([id, name]) => [id, "@" + name]), channels: state.channels}[data_source]
@@ -6435,19 +6441,20 @@ function showPosts() {
   $("#where").textContent = $("#channel").value;
   showThreads();
   const here = state.posts.filter(post => post.channel_id === $("#channel").value
-    && (!post.only || post.only === $("#user").value));
+    && (!post.only || post.only === $("#user").value)
+    && (!post.root_id || post.root_id === root));  // the others: only how many there are
   showEach($("#posts"), here, post => `
     <article id="${post.id}" data-letter="${post.author[0]}" class="post ${post.root_id && "reply"}
       ${post.bot} ${post.only && "ephemeral"} ${post.id === wanted ? "wanted" : ""}">
       <b>${post.author}</b> ${post.bot || post.only ? '<span class="badge">BOT</span>' : ""}
-      <time>${clock(post.create_at)}</time>
+      <time>${clock(post.create_at)}</time> ${post.edit_at ? "<small>Edited</small>" : ""}
       ${post.only ? "<small>(Only visible to you)</small>" : ""}
       <div dir="auto">${markdown(post.message)}</div>
-      ${post.edit_at ? "<small>Edited</small>" : ""}
       ${(post.props.attachments || []).map(({color, actions}) => `
         <div class="attachment" style="border-left-color: ${escape(color)}">${
           actions.map(element => action(post, element)).join("")}</div>`).join("")}
-      ${post.root_id || post.only ? "" : `<button class="link" data-go="${post.id}">Reply</button>`}
+      ${post.root_id || post.only ? "" : `<button class="link" data-go="${post.id}">${
+        replies(post)}</button>`}
     </article>`);
   show($("#wire"), state.wire.map(([way, call, body, answer]) => `
     <p><b>${way}:</b> <code>${escape(call)}</code></p>
@@ -6473,8 +6480,7 @@ function showThreads() {
   show($("#threads div"), threads.map(post => `<div class="thread" data-go="${post.id}">
     <b>${post.author}</b> <span class="badge">${names[post.channel_id].split(":")[0]}</span>
     <time>${clock(activity(post))}</time> ${beginning(post)}
-    <button class="link">${post.reply_count === 1 ? "1 reply" : post.reply_count + " replies"}
-    </button></div>`).join(""));
+    <button class="link">${replies(post)}</button></div>`).join(""));
   const open = state.posts.find(post => post.id === root);
   show($("#root"), open ? `<button type="button" class="link" data-go="">Leave thread</button>
     ${beginning(open)}` : "");
@@ -6542,8 +6548,9 @@ function showDialog({title, introduction_text, elements, submit_label}) {
     <p class="bad" role="alert" id="error"></p>
     <div class="buttons"><button type="button" onclick="$('dialog').close()">Cancel</button>
     <button class="main">${escape(submit_label || "Submit")}</button></div>`;
+  $("dialog").prepend($("#switch"));
   $("dialog").showModal();
-  $("dialog input, dialog select, dialog textarea").focus();
+  $(".field :is(input, select, textarea)").focus();
 }
 
 function answers() {
@@ -6569,7 +6576,10 @@ $("dialog form").onsubmit = async event => {
   [...document.querySelectorAll("dialog .bad[role]")].find(place => place.textContent)
     .closest(".field, p").scrollIntoView({block: "nearest"});
 };
-$("dialog").onclose = () => $("#text").focus();
+$("dialog").onclose = () => {
+  $("header").append($("#switch"));
+  $("#text").focus();
+};
 $("form.say").onsubmit = async event => {
   event.preventDefault();
   const text = $("#text").value;
