@@ -6213,16 +6213,20 @@ class FilesTest(unittest.TestCase):
             r"(?m)^ENTRYPOINT (.*)", self.containerfile)[1])
         self.assertEqual(option, "--health")
 
-    def test_the_form_of_the_readme_opens_and_has_one_of_each_type(self):
-        [text] = re.findall(r'(?m)^    (\{"title".*(?:\n     .*)*)', self.readme)
-        form = ticket_service.Form(json.loads(text), "README")
-        self.assertEqual(form.notes, [])
-        self.assertEqual({type(element) for element in form.elements}, {
-            *ticket_service.TYPES.values(), *ticket_service.DATA_SOURCES.values()})
-        names = {one: ticket_service.Name("x", "@x", True) for one in (BOB, QUIET)}
-        values = form.values_in(answers_to(json.loads(text)), time.time())
-        lines = form.body(ticket_service.Answers(values, names))
-        self.assertEqual("".join(lines).count("**"), 2 * len(form.elements))
+    def test_the_forms_of_the_readme_open_and_have_all_types_and_keys(self):
+        types, keys = set(), set()
+        for text in re.findall(r'(?m)^    (\{"title".*(?:\n     .*)*)', self.readme):
+            form = ticket_service.Form(json.loads(text), "README")
+            self.assertEqual(form.notes, [])
+            types |= {type(element) for element in form.elements}
+            keys |= {key for key in ticket_service.OUR_KEYS if f'"{key}":' in text}
+            names = {one: ticket_service.Name("x", "@x", True) for one in (BOB, QUIET)}
+            values = form.values_in(answers_to(json.loads(text)), time.time())
+            lines = form.body(ticket_service.Answers(values, names))
+            self.assertEqual("".join(lines).count("**"), 2 * len(form.elements))
+        self.assertEqual(types, {*ticket_service.TYPES.values(),
+                                 *ticket_service.DATA_SOURCES.values()})
+        self.assertEqual(keys, set(ticket_service.OUR_KEYS))
 
     def test_the_readme_lists_every_setting_and_sets_what_the_program_knows(self):
         known = {*VARIABLES, "NO_PROXY", *(f"{name}_FILE" for name in VARIABLES)}
@@ -6236,9 +6240,22 @@ class FilesTest(unittest.TestCase):
     def test_the_readme_runs_what_exists(self):
         scripts = re.findall(r"python3 (\w+\.py)", self.readme)
         self.assertEqual(set(scripts), {"ticket_service.py", "test_ticket_service.py"})
-        self.assertIn("python3 -m unittest\n", self.readme)
-        secrets_made = set(re.findall(r"podman secret create ([\w-]+)", self.readme))
+        self.assertIn("`python3 -m unittest`", self.readme)
+        secrets_made = set(re.findall(r"podman secret create --replace ([\w-]+)",
+                                      self.readme))
         self.assertLessEqual(set(re.findall(r"(?m)^#?Secret=([\w-]+)", self.unit)), secrets_made)
+
+    def test_the_readme_fits_a_sitting_and_leads_nowhere_else(self):
+        shown = re.sub(r"(?s)<details.*?</details>", "", self.readme)
+        self.assertLessEqual(len(shown.split()), 1900)
+        places = {heading.lower().replace(" ", "-")
+                  for heading in re.findall(r"(?m)^##+ (.*)", shown)}
+        places |= set(re.findall(r'<details id="(.*)">', self.readme))
+        self.assertLessEqual(set(re.findall(r"\]\(#(.*?)\)", self.readme)), places)
+        [picture] = re.findall(r"!\[.+\]\((.*)\)", shown)
+        image = (HERE / picture).read_bytes()
+        self.assertTrue(image.startswith(b"\x89PNG"))
+        self.assertLess(len(image), 80_000)
 
 
 # ---------------------------------------------------------------------------------- the demo
