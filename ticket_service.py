@@ -125,8 +125,8 @@ class Status(NamedTuple):
     tag: str  # what people search for
     line: str  # how the ticket's second line ends; holds the tag
     color: str  # of the bar beside the buttons
-    # Buttons and menus, and their labels. A key of STATUSES gives the ticket that status (its own
-    # one: somebody else takes over); HAND_OVER is a menu of people; EDIT opens the form.
+    # Buttons and menus, and their labels. A key of STATUSES gives the ticket that status ("taken"
+    # in "taken": somebody else takes over); HAND_OVER is a menu of people; EDIT opens the form.
     steps: dict[str, str]
     reply: str  # in the thread, when a step has led here
     already: str  # for somebody who pressed too late
@@ -181,8 +181,9 @@ FIRST_REPLY = ("Please reply in this thread: questions, news, screenshots and th
 HANDED_OVER = "{taker} takes care of this ticket: {by} handed it over."
 EDITED = "{by} edited this ticket."
 TELL_REPORTER = "{reply} (@{reporter})"
-NO_ANSWER, LONG_ANSWER = "–", "…"  # behind EDITED: for an answer that is gone, or long
-TO_EDITOR = "@{by}: {sentence}"  # a line behind EDITED: the response to a form has no room for it
+# In the lines below EDITED. A response to a form has no room for what is said to the editor.
+NO_ANSWER, LONG_ANSWER = "–", "…"  # for an answer that is gone, or long
+TO_EDITOR = "@{by}: {sentence}"
 SUBMITTED_AGAIN = "{by} submitted the form again, with other answers:"
 ASKED_HERE = "A ticket: [#{ticket_id}]({link})"
 REMINDER = "Nothing has happened here since {day}. Is this ticket still open?"
@@ -333,8 +334,8 @@ class FieldProblems(Problem):
 class TicketService:
     """Reacts to what people do: on_...() yields the response, and goes on when that has been sent.
 
-    What stands behind a yield can no longer be told to the person, only be logged. Nothing here
-    knows whether a response went out in time: what has happened, has happened.
+    What stands behind a yield can no longer be told to the person, only be logged. It runs even if
+    the response came too late for Mattermost: what has happened, has happened.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -408,13 +409,13 @@ class TicketService:
 
     def on_new_ticket(self, asked: State, submission: Submission) -> Reaction:
         """Post a ticket; then confirm it, and begin its thread."""
-        values = self.form.values_in(submission.answers, asked.time)
+        values = self.form.values_in(submission.answers, opened=asked.time)
         # One that is not known was opened before our last start: it may have been submitted then.
         draft = self.drafts.get_or_add(
             asked.nonce, Draft(asked, submission.team_id, look_since=asked.time))
         with self.mattermost.retrying(), draft.lock:
             try:
-                if not (draft.post_id or draft.is_unsure):  # else there may be a post there
+                if not (draft.post_id or draft.is_unsure):  # else its channel stays (see Draft)
                     draft.channel_id = (self.form.channel_of(values)
                                         or self.channels.usual_channel(asked.channel_id))
                 names = self.directory.names(self.form.answered(values), draft.channel_id)
@@ -452,7 +453,8 @@ class TicketService:
         if change.failure and change.failure.may_have_worked:
             return {"ephemeral_text": why_not_changed(
                 change.failure, PRESS_AGAIN, TOO_LONG_TO_CHANGE)}
-        # A failure that is left is a refused edit: Mattermost still does what a response says.
+        # Any other failure is a refused edit (see Change): the post can still be changed by what a
+        # press's response says.
         response: Json = {"update": change.content} if change.failure else {}
         if to != by and self.directory.outside(change.ticket.channel_id, [to.id]):
             response["ephemeral_text"] = THEY_ARE_OUTSIDE.format(people=f"@{to.name}")
@@ -465,7 +467,7 @@ class TicketService:
             raise Problem(ticket.already())
         if not self.directory.is_member(ticket.channel_id, press.user_id):
             raise Problem(NOT_FOR_YOU)
-        self.changes.refuse_stale(ticket)  # of a replica: the form would begin with old answers
+        self.changes.refuse_stale(ticket)  # or the form would begin with old answers
         dialog = self.form.filled(ticket.answers, ticket.old_names)
         if not dialog or ticket.body_lines() is None:
             raise Problem(NOT_EDITABLE)
@@ -481,8 +483,9 @@ class TicketService:
             change = self.changes.edit(asked, submission)
         failure = change.failure if change else None
         why = why_not_changed(failure, NOT_REACHED, TOO_LONG_THERE) if failure else ""
+        # A refused edit ends here: a dialog's response can't change the post, as a press's can.
         if failure and not failure.may_have_worked:
-            # A press's response could change the post all the same, a dialog's can't.
+            # Mattermost itself will not let it pass later; a proxy may, if somebody is told.
             raise Problem(NO_EDITS if failure.by_mattermost else why, log=failure)
         yield {"error": why} if why else {}
         self.changes.tell_thread(change)
@@ -592,8 +595,9 @@ class Tickets:
     def proofs(self, purpose: str, draft: Draft) -> list[str]:
         """Return signatures of a draft's nonce, one for each slash token; the first for new posts.
 
-        They prove that a post is of this dialog. Not the nonce itself: people can read it in the
-        state, and make a post with it first. A ticket keeps its proof under an old key, "nonce".
+        They prove that a post is of this dialog, and what it is: its `purpose`. The nonce itself
+        would not do: people can read it in the state, and use it first as the pending_post_id of a
+        post of their own. In a ticket's props, the proof is called "nonce", as it always was.
         """
         return self.service.seal.signatures(purpose, draft.asked.nonce)
 
@@ -638,7 +642,7 @@ class Tickets:
             # forgotten were not submitted before: so rather a second ticket than none.
             if isinstance(error, NotAllowed):
                 return None
-            raise
+            raise  # what may pass is tried again
         for post in posts:
             ticket = Ticket.from_post(post)
             if (ticket and ticket.data.get("nonce") in proofs and post.get("user_id") == bot_id
@@ -750,10 +754,11 @@ class Change:
     | failure           | the patch was               | the person is told   | the thread is told  |
     |-------------------|-----------------------------|----------------------|---------------------|
     | none              | made                        | nothing: they see it | at once             |
-    | `is_edit_refused` | refused: posts may not be   | nothing: a press's   | when the post shows |
-    |                   | edited, or not for so long, | response asks for    | the change          |
+    | `is_edit_refused` | refused: posts may not be   | nothing: the         | when the post shows |
+    | in a press        | edited, or not for so long, | response asks for    | the change          |
     |                   | or no PUT gets through      | the update           |                     |
-    | the same          | that of an Edit             | why it can't be      | nothing             |
+    | `is_edit_refused` | the same                    | why it can't be      | nothing             |
+    | in an Edit        |                             |                      |                     |
     | `may_have_worked` | not answered                | to look at it        | when the post shows |
     |                   |                             |                      | the change          |
     """
@@ -802,14 +807,14 @@ class Changes:
               to: User) -> Change:
         """Change a ticket as a press wants it; raise Problem if it came too late."""
         change = self.make(post_id, ticket_id, lambda ticket: (
-            self.step(ticket, status_at, wanted, by, to)))
-        assert change  # a step always is one
+            self.decide_press(ticket, status_at, wanted, by, to)))
+        assert change  # a press has one, or raises
         return change
 
     def edit(self, asked: EditState, submission: Submission) -> Change | None:
         """Give a ticket the submitted answers; return None if nothing is new."""
         return self.make(asked.post_id, asked.ticket_id, lambda ticket: (
-            self.edited(ticket, asked, submission)))
+            self.decide_edit(ticket, asked, submission)))
 
     def make(self, post_id: str, ticket_id: str, decide: Callable[[Ticket], Change | None]
              ) -> Change | None:
@@ -865,7 +870,8 @@ class Changes:
         if ticket.is_stale:
             raise MattermostError("Mattermost still shows the ticket as it was before", 503)
 
-    def step(self, ticket: Ticket, status_at: int, wanted: str, by: User, to: User) -> Change:
+    def decide_press(self, ticket: Ticket, status_at: int, wanted: str, by: User, to: User
+                     ) -> Change:
         """Return the change that a press asks for; raise Problem if it came too late.
 
         `status_at` is that of the ticket when the button was made; `to` has the ticket after that.
@@ -883,17 +889,20 @@ class Changes:
             reply = ticket.for_reporter(reply, by.id)
         return Change(ticket.with_status(status, by, to), reply)
 
-    def edited(self, ticket: Ticket, asked: EditState, submission: Submission) -> Change | None:
+    def decide_edit(self, ticket: Ticket, asked: EditState, submission: Submission
+                    ) -> Change | None:
         """Return the change that an Edit asks for, whatever status the ticket has; or None."""
         form, directory = self.service.form, self.service.directory
         # A form can't show people and channels chosen before: where it is left empty, they stay.
         values = form.values_in(
-            form.keeping_people_and_channels(submission.answers, ticket.answers), asked.time)
+            form.keeping_people_and_channels(submission.answers, ticket.answers),
+            opened=asked.time)
         for name, old in ticket.answers.items():
             if name in values and listed(values[name]) == listed(old):
                 values[name] = old  # a select that has become multiselect gives ["a"] for "a"
         values = {name: answer for name, answer in values.items()
-                  if answer is not False or name in ticket.answers}  # an unticked box is no news
+                  # A box that the form did not have then, and that is not ticked, is no change.
+                  if answer is not False or name in ticket.answers}
         if fingerprint(values) == ticket.answers_print:
             return None
         if ticket.answers_print != asked.answers_print:
@@ -1109,17 +1118,18 @@ class Ticket:
         old_subject, subject = (form.subject(values) or self.id
                                 for values in (self.answers, answers.values))
         lines = self.message.split("\n")
-        shown = ""  # if the heading is no longer ours, the body has to show all
+        in_heading = ""  # if the heading is no longer ours, the body has to show all
         for number, line in enumerate(lines[:span.start]):
             marked = MARKED_HEADING_RE.match(line)
             if marked and line[marked.end():] == f" {old_subject}":
-                lines[number], shown = f"{marked[0]} {subject}", subject
-        body, below = form.body(answers, shown), lines[span.stop:]
+                lines[number], in_heading = f"{marked[0]} {subject}", subject
+        body, below = form.body(answers, in_heading), lines[span.stop:]
         # What somebody has added below must not become a part of a quote.
         room = [""] if body and body[-1].startswith(">") and below and below[0] else []
         message = "\n".join([*lines[:span.start], *body, *room, *below])
         changed = {name for name in {**self.answers, **answers.values}
                    if self.answers.get(name) != answers.values.get(name)}
+        # Reporters have the name that they had then, since `editor` looks for it.
         entry = {"status": self.status, "at": milliseconds(), "edited": sorted(changed),
                  "by": self.reporter.name if by.id == self.reporter.id else by.name}
         props = self.props_with(entry, answers=answers.values, names=names_of(answers),
@@ -1146,8 +1156,8 @@ class Ticket:
         else:  # it was edited away: it becomes the second line
             marked = MARKED_HEADING_RE.search(self.message)
             start = marked.start() if marked else 0
-            first, end, rest = self.message[start:].partition("\n")
-            before, after = f"{self.message[:start]}{first}\n", end + rest
+            heading_line, line_end, rest = self.message[start:].partition("\n")
+            before, after = f"{self.message[:start]}{heading_line}\n", line_end + rest
         if has_old_look(self.message, self.id):
             own = OLD_STATUS + status_text(self.status, self.status_by)
         else:
@@ -1169,6 +1179,7 @@ class Ticket:
         with contextlib.suppress(LookupError, TypeError, ValueError):
             body = self.data["body"]
             number = body[0]
+            # Where no line was shown, it would be found everywhere.
             starts = range(len(lines) - number + 1) if number else self.empty_body(lines)
             for start in starts:
                 if body_print(lines[start:start + number]) == body:
@@ -1201,7 +1212,8 @@ def new_ticket(ticket_id: str, form: Form, answers: Answers, asked: State, *, pr
             "status": NEW, "status_by": by, "status_at": now,
             "history": [{"status": NEW, "by": by, "at": now}], "body": body_print(body)}
     return Ticket(id=ticket_id, post_id="", channel_id="", message="\n".join([*lines, *body]),
-                  props={"is_ticket": True, "ticket_id": ticket_id, "ticket": data})
+                  props={"is_ticket": True,  # for scripts
+                         "ticket_id": ticket_id, "ticket": data})
 
 
 def status_line(message: str, ticket_id: str) -> re.Match[str] | None:
@@ -1212,7 +1224,7 @@ def status_line(message: str, ticket_id: str) -> re.Match[str] | None:
 
 
 def has_old_look(message: str, ticket_id: str) -> bool:
-    """Return whether a ticket has the look of the first three versions: its ID as heading."""
+    """Return whether a ticket has the look of the first three versions: see OLD_LOOK_RE."""
     is_new = any(f"#{ticket_id}" in line for line in TAGGED_LINE_RE.findall(message))
     return not is_new and bool(OLD_LOOK_RE.search(message))
 
@@ -1250,20 +1262,20 @@ def check_length(ticket: Ticket, mattermost: Mattermost) -> None:
     def line_length(status: str, status_by: str, editor: str) -> int:
         return len(second_line(ticket.id, ticket.reporter.name, status, status_by, editor))
 
-    # Three limits: characters of the message; its bytes, as Mattermost looks for no mention in a
-    # longer one; bytes of the whole post, in which each typed character is in message and props.
-    if len(ticket.message) < MAX_POST_SIZE // 2:  # far from each, as nearly all are
-        return
-    longest = max(line_length(status, "x" * 64, "x" * 64) for status in STATUSES)
+    longest_name = "x" * 64
+    longest = max(line_length(status, longest_name, longest_name) for status in STATUSES)
     growth = longest - line_length(ticket.status, ticket.status_by, ticket.editor)
     length = len(ticket.message) + growth
-    if length <= MAX_POST_SIZE:  # four bytes for each, twice: below both limits of bytes
+    if length <= MAX_POST_SIZE:  # below the limits of bytes, too: four for a character, in each
         return
+    # Three limits: characters of the message; its bytes, as Mattermost looks for no mention in a
+    # longer one; bytes of the whole post.
     size = len(ticket.message.encode("utf-8", "replace")) + growth
     whole = len(json_bytes({"message": ticket.message, "props": ticket.props})) + growth
+    too_many = (whole - POST_BYTES + 1) // 2  # what is typed stands in the message and in the props
     excess = max(length - mattermost.max_post_size(),
                  characters_to_cut(ticket.message, size - MENTIONED_BYTES, str.encode),
-                 characters_to_cut(ticket.message, (whole - POST_BYTES + 1) // 2, json_bytes))
+                 characters_to_cut(ticket.message, too_many, json_bytes))
     if excess > 0:
         raise Problem(TICKET_TOO_LONG.format(excess=excess))
 
@@ -1665,6 +1677,7 @@ class MattermostError(Exception):
     | nobody                           | a bad certificate, no TLS | no       | no              |
     | nobody                           | silence, half an answer   | yes      | yes             |
     | a proxy, before any connection   | a status                  | as below | no              |
+    | whoever it is                    | more bytes than we read   | yes      | yes             |
     | whoever it is                    | 408, 429                  | yes      | no              |
     | whoever it is                    | 5xx                       | yes      | yes             |
     | Mattermost: its errors have IDs  | 4xx                       | no       | no              |
@@ -1887,8 +1900,8 @@ class Client:
     pause = 1.0  # second before the second try; each is twice as long, up to two seconds
     patience = 20  # seconds in which calls are made again, inside retrying()
     patience_before_form = 5  # the same, until a form has opened
-    # Seconds for a whole call of --check and the like; 0, no limit, in the service: its server
-    # answers in time without one (Server.answer_within).
+    # Seconds for a whole call of --check and the like, by alarm(); 0, no limit, in the service: its
+    # server answers in time without one (Server.answer_within).
     command_waits = 0.0
 
     def __init__(self, url: str, token: str, tls: ssl.SSLContext | None) -> None:
@@ -1933,7 +1946,11 @@ class Client:
 
     def retried(self, work: Callable[[], T], may_retry: Callable[[MattermostError], bool] = (
             lambda error: error.may_pass)) -> T:
-        """Return the result of work(); while Mattermost is away, call it again and again."""
+        """Return the result of work(); while Mattermost is away, call it again and again.
+
+        send() makes a call again only if it was surely not made. This is for what does no harm if
+        it is made twice, as reading.
+        """
         pause = self.pause
         while True:
             try:
@@ -2172,7 +2189,7 @@ REMEMBERED = 10_000  # of each: channels, dialogs, tickets
 
 
 class Recent(dict[str, T]):
-    """A dictionary of REMEMBERED entries at most: what was not used for longest goes first."""
+    """A dictionary of REMEMBERED entries at most: what get_or_add() had last goes last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -2181,7 +2198,8 @@ class Recent(dict[str, T]):
     def get_or_add(self, key: str, value: T) -> T:
         """Add a value, unless the key has one; return the key's value."""
         with self.lock:
-            self[key] = value = self.pop(key, value)
+            value = self.pop(key, value)
+            self[key] = value  # at the end
             if len(self) > REMEMBERED:
                 del self[next(iter(self))]
             return value
@@ -2361,7 +2379,8 @@ class Directory:
             if not (ids := element.ids(answer)):
                 continue
             is_channel = element.data_source == "channels"
-            team_id = str(find("channels", channel_id).get("team_id")) if is_channel else ""
+            team_id = matching(ID_RE, find("channels", channel_id).get("team_id")) if (
+                is_channel) else ""
             for one in ids:
                 name = element.name_of(find(element.data_source, one), team_id)
                 if not name and before and one in before:
@@ -2489,7 +2508,7 @@ def sound_part(thing: Any, keys: dict[str, type], problems: list[str]) -> Json:
 
 def value_problem(key: str, kind: type, value: Any) -> str:
     """Return the fault of a key's value, which must have a JSON type; "" if it has none."""
-    if JSON_TYPES.get(type(value)) != JSON_TYPES[kind]:
+    if JSON_TYPES.get(type(value)) != JSON_TYPES[kind]:  # as type() says: a bool is no int
         return f"must be {JSON_TYPES[kind]}"
     if kind is int and not 0 < value < 2**31:
         return f"must be from 1 to {2**31 - 1}"
@@ -2621,7 +2640,7 @@ class Element:
         return str(answer)
 
     def brief(self, answer: Any, names: Names, mentions: dict[str, str]) -> str:
-        """Return an answer in code, LONG_ANSWER if it is not short, and the mentions given."""
+        """Return an answer in code, LONG_ANSWER if it is not short, and the new `mentions`."""
         words = self.words(answer, {one: name.name for one, name in names.items()})
         is_short = "\n" not in words and len(words) <= MAX_BRIEF
         return " ".join([inline_code(untagged(words)) if is_short else LONG_ANSWER,
@@ -2828,7 +2847,7 @@ class UserSelect(Select):
                          for one in self.ids(answer))
 
     def mentions(self, answer: Any, names: Names) -> dict[str, str]:
-        # "" for those in the old answers only: news() asks who was mentioned before.
+        # news() asks for the old answers, too: "" for who is in these only.
         return {one: names[one].markdown if one in names and names[one].is_person else ""
                 for one in self.ids(answer)}
 
@@ -3038,7 +3057,7 @@ def read_element(element: Any) -> Element:
             known.problems.append(f"default {default!r:.60}: {problem}")
         return known
     unknown = Element(without(element, OUR_KEYS))
-    if key == "data_source" or key in unknown.raw:  # else that is a problem already
+    if key == "data_source" or key in unknown.raw:  # else sound_part() has said that it is missing
         hint = UNSUPPORTED.get(value, f"only {', '.join(kinds)}")
         unknown.problems.append(f"{key} {value!r} is not supported: {hint}")
     return unknown
@@ -3179,7 +3198,7 @@ class Form:
     def body(self, answers: Answers, subject: str | None = None) -> list[str]:
         """Return the lines that show answers: in a ticket, without what its heading says.
 
-        Without a subject, as in a reply, all of them.
+        `subject` is what the heading says, "" if it is not ours; None in a reply, which shows all.
         """
         called_by = None if subject is None else self.subject_element(answers.values)
         text, row = "", []
@@ -3236,8 +3255,9 @@ JOINER = "\u2060"  # invisible; Mattermost sees no mention, image or hashtag whe
 STATUS_TAG_RE = re.compile(f"#(?={TAG_NAME})", re.IGNORECASE)
 
 # A letter or digit: with one beside it, as in x@all, Mattermost sees no mention. But [w@all](u) is
-# one, since it cuts a link's text at a w, looking for www. And from U+0250 on, there are letters
-# that its Unicode may not know. So these do not count as letters: we break an @all beside them.
+# one, since Mattermost cuts a link's text at a w, looking for www. And from U+0250 on, there are
+# letters that its Unicode may not know. So these do not count as letters: we break an @all beside
+# them.
 LETTER = r"[^\W_wW\u0250-\U0010ffff]"
 CHANNEL_MENTION = f"(?<!{LETTER})@(?=(?i:all|channel|here)(?!{LETTER}))"
 # &#64;all is an @all for Mattermost, and so is @&#97;ll.
@@ -3246,8 +3266,8 @@ PING_RE = re.compile(f"{CHANNEL_MENTION}|{REFERENCE}")
 # ![x](url); !\[x](url) is one as well, where it is in the text of a link.
 IMAGE_RE = re.compile(r"!(?=\\*\[)")
 # What may be a definition, [x]: url, also behind >, - or - [ ], and over several lines. A match
-# ends at the first ] that is neither escaped nor that of a - [ ]. Some programs end the label at
-# such a ] as well: so quote() breaks every ]: in a match.
+# ends at the first ] that is neither escaped nor that of a - [ ]. Some programs end the label at an
+# escaped ] as well, or at that of a - [ ]: so quote() breaks every ]: in a match.
 TASK = r"\[[ xX]\](?=\s)"
 DEFINITION_RE = re.compile(rf"^(?:[ \t\xa0>*+\-\d.)]|{TASK})*\[(?:{TASK}|[^\]\\]|\\.)*+(?:\]:)?",
                            re.MULTILINE | re.DOTALL)
@@ -3257,7 +3277,7 @@ LANGUAGE_RE = re.compile(r"[A-Za-z]*[+#]*")  # of the code between fences: as c+
 
 # A heading's alphabet: __init__.py **breaks** [here](u) becomes init .py breaks here (u).
 NOT_IN_HEADING_RE = re.compile(
-    r"""(?![.,:;?()/%+=\-'"_])[\x21-\x2f\x3a-\x40\x5b-\x60\x7b-\x7e]"""  # ASCII's other marks
+    r"""(?![.,:;?()/%+=\-'"_])[\x21-\x2f\x3a-\x40\x5b-\x60\x7b-\x7e]"""  # ASCII's, but for these
     r"|(?<![^\W_])_|_(?![^\W_])"  # _ is a letter between two
     "|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # marks of direction
 MAX_HEADING, MIN_HEADING = 80, 40  # characters: it is cut between these, if a blank is there
@@ -3314,8 +3334,8 @@ def heading(text: str) -> str:
 
 def subject_of(text: str, is_code: bool = False) -> str:
     """Return the first line of what was typed that tells something, as a heading; or ""."""
-    lines = [text] if is_code else [prose for prose, _, _ in split_at_fences(text)]
-    return next((heading(line) for part in lines for line in part.split("\n")
+    parts = [text] if is_code else [prose for prose, _, _ in split_at_fences(text)]
+    return next((heading(line) for part in parts for line in part.split("\n")
                  if any(map(str.isalnum, line))), "")
 
 
@@ -3498,7 +3518,7 @@ def tls_context(ca_file: str) -> ssl.SSLContext:
     OpenSSL reads two variables of the process by itself: they are removed if they are blank.
     """
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
-        if not os.environ.get(name, "unset").strip():
+        if name in os.environ and not os.environ[name].strip():
             del os.environ[name]
     try:
         context = ssl.create_default_context(cafile=ca_file or None)
@@ -3621,7 +3641,7 @@ def read_settings(environ: Environ, settings: dict[str, Setting]
     for name, one in settings.items():
         try:
             values[name] = one.read(environ)
-            if name == "tls" and not values[name]:
+            if name == "tls" and not values[name]:  # MATTERMOST_URL stands in front of it
                 is_https = values.get("mattermost_url", "").startswith("https:")
                 values[name] = tls_context("") if is_https else None
         except (OSError, ValueError) as error:
@@ -3775,8 +3795,8 @@ class Request:
     |-----------|------------------------|---------------------------------------|-----------------|
     | arriving  | arriving               | until it is all here; 10 s            | judged, dropped |
     | refused   | unanswered             | no time                               | answered        |
-    | (still    | arriving               | while its client sends; 2 s           | dropped         |
-    | sending)  |                        |                                       |                 |
+    | answered, | arriving               | while its client still sends; 2 s     | dropped         |
+    | refused   |                        |                                       |                 |
     | waiting   | waiting, unanswered    | until a thread is free; 24 s in all   | worked on, or   |
     |           |                        |                                       | answered: late  |
     | worked on | unanswered             | until the thread answers; 24 s in all | answered, or    |
@@ -3810,8 +3830,8 @@ class Request:
             self.budget.left += len(received)
         return bytes(received[self.begins:self.ends])
 
-    def is_complete(self) -> bool:
-        """Return whether a request is all here, or refused."""
+    def parse(self) -> bool:
+        """Read head and length, if they are here; return whether a request is whole, or refused."""
         try:
             if not self.head:
                 self.head = head = read_head(self.received)
@@ -3867,7 +3887,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """
         request, reaction = self.request, None
         try:
-            if said := request.said or self.read(route):  # a thread may have read it before
+            # A LateHandler finds here what a thread has read.
+            if said := request.said or self.read(route):
                 request.said = said
             reaction = self.react(route, said)
             response = next(reaction)
@@ -3881,9 +3902,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             response = route.problem_response(Problem(OUR_FAULT), request.said)
         self.answer(200, response)
         if reaction:
-            if self.note:  # answer() came too late to log it
+            if self.note:  # another handler had answered, so answer() did not log it
                 log.warning("POST %s, after a late answer: %s", self.path, self.note)
-            next(reaction, None)  # it may have ended with a Problem
+            next(reaction, None)  # does nothing if it has ended, with a Problem
 
     def read(self, route: Route) -> Any:
         """Return the command, submission or press in the request."""
@@ -3995,7 +4016,7 @@ class Server(Listener):
         self.free_threads = threading.Semaphore(self.most_threads)
         self.selector = selectors.DefaultSelector()
         self.budget = Budget(ALL_BYTES)
-        # Requests: see there. The oldest are first.
+        # The tables of the class Request: in each, the oldest are first.
         self.arriving: dict[Request, bool] = {}
         self.waiting: dict[Request, bool] = {}
         self.unanswered: dict[Request, bool] = {}
@@ -4074,15 +4095,15 @@ class Server(Listener):
             self.make_room()
             if request.socket.fileno() < 0:  # it has just given way
                 return
-            is_complete = False
+            is_whole = False
             with contextlib.suppress(BlockingIOError):
                 data = request.socket.recv(BYTES_AT_ONCE, socket.MSG_DONTWAIT)
                 if not data:
                     raise ConnectionError("the client has gone")
-                if not request.refusal:  # else it still sends
+                if not request.refusal:  # else it has its response, and still sends
                     request.keep(data)
-                    is_complete = request.is_complete()
-            if is_complete:
+                    is_whole = request.parse()
+            if is_whole:
                 self.dispatch(request)
             else:
                 self.watch(request)
@@ -4383,7 +4404,7 @@ def keep_serving(server: Server) -> None:
         server.serve_forever()
     finally:
         server.stopped.set()
-        # For sigwait() in run_service(). After a shutdown(), nobody waits for it: it stays blocked.
+        # Wakes sigwait() in run_service(); after a shutdown(), which comes behind it, does nothing.
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -4523,12 +4544,10 @@ class SetUp:
             "GET", f"/commands?team_id={team['id']}&custom_only=true")
         found = [command for command in commands if command.get("trigger") == TRIGGER_WORD
                  and command.get("team_id") == team["id"] and not command.get("delete_at")]
-        for command in found:
-            if not str(command.get("url")).endswith("/ticket"):
-                raise Problem(f"the team {team.get('name')} has another command "
-                              f"/{TRIGGER_WORD}: it is left alone; delete or rename it")
-            return command
-        return {}
+        if found and not str(found[0].get("url")).endswith("/ticket"):
+            raise Problem(f"the team {team.get('name')} has another command "
+                          f"/{TRIGGER_WORD}: it is left alone; delete or rename it")
+        return found[0] if found else {}
 
     def configure(self, settings: Json) -> None:
         """Change what is not so yet in the configuration; say what can't be changed from here."""
