@@ -6337,8 +6337,8 @@ dialog button.main { background: #1c58d9; color: #fff; border-color: #1c58d9; }
   <label id="switch">Mattermost is <select id="failure"></select></label>
 </header>
 <p class="note">A stand-in for Mattermost, with the real service behind it: type
-  <code>/ticket disk is full</code>, be alice or bob, let Mattermost fail. While a form is open, that
-  switch is above it; if Mattermost is down already, no form opens.
+  <code>/ticket disk is full</code>, be alice or bob, let Mattermost fail. While a form is open,
+  that switch is above it; if Mattermost is down already, no form opens.
   This channel: <code id="where"></code></p>
 <div class="page">
 <details id="threads"><summary></summary><div></div></details>
