@@ -2494,6 +2494,16 @@ class ButtonTest(LifeCase):
         self.mattermost.read_lag = 0
         self.assertEqual(self.press("open"), "")
 
+    def test_a_clock_of_mattermost_s_that_goes_back_hides_no_change(self):
+        self.limit(patience=0)
+        root, = self.mattermost.roots()
+        for number, status in enumerate(("taken", "closed", "open", "taken"), 1):
+            self.assertEqual(self.press(status), "")
+            self.news(root, number)
+            root["update_at"] -= 3_600_000  # as a reply by another node does, less so
+        self.assertEqual(self.mattermost.press(root["id"], "Edit", ALICE), "")
+        self.assertEqual(len(self.mattermost.dialogs), 2)
+
     def test_of_a_long_ticket_no_press_is_lost(self):
         self.start_with_form(form_of(element("textarea")))
         self.mattermost.loses_big = True
@@ -2722,6 +2732,16 @@ class LookTest(LifeCase):
                     self.assertEqual(root["message"], (after or before).format(
                         mark=STATUSES[status].mark, line=self.second_line(root, status, "bob")))
                     self.news(root, news)
+
+    def test_a_line_that_is_put_back_is_never_among_the_answers(self):
+        root = self.ticket({"problem": "```\ndf -h\n```\nsince nine"})
+        top, line, body = root["message"].split("\n", 2)
+        self.assertIn("#ticket-open", line)
+        self.mattermost.change(root, message=body)
+        self.assertEqual(self.press(root, "taken"), "")
+        self.assertEqual(root["message"], f"{self.second_line(root, 'taken', 'bob')}\n{body}")
+        self.assertEqual(self.edit(root, problem="solved"), {})
+        self.assertIn("> solved", root["message"])
 
     def test_a_reply_mentions_who_has_to_know_and_nobody_for_what_they_did(self):
         root = self.ticket({"problem": "disk"})
@@ -5038,6 +5058,7 @@ class SettingsTest(unittest.TestCase):
                 ("LISTEN_ADDRESS", "x86_64-conda", "'x86_64-conda': must be an IP address"),
                 ("TICKET_CHANNEL", "ops", "'ops': must be a channel's ID"),
                 ("CALLBACK_URL", "tickets:8080", "'tickets:8080': must be a URL"),
+                ("CALLBACK_URL", "http://tickets:", "'http://tickets:': must be a URL"),
                 ("MATTERMOST_URL", "http://me:secret@h", "'http://…@h': must be a URL"),
                 ("MATTERMOST_URL", "http://me:se/secret@h", "'http://…@h': "),
                 ("MATTERMOST_URL", "me:secret@h", "'…@h': "),
@@ -6158,7 +6179,19 @@ class RemindTest(CommandLineCase):
         self.mattermost.script("POST /posts", deletes)
         found, said = self.remind(status=1)
         self.assertEqual(found, ["Ticket-20261123-0000", "Ticket-20261123-0002"])
-        self.assertRegex("\n".join(said), "^Ticket-20261123-0001 was not reminded of: .*400.*$")
+        self.assertRegex("\n".join(said), "^Ticket-20261123-0001 was not reminded of: .*404.*$")
+
+    def test_what_happens_while_a_run_still_lists_is_news(self):
+        posts = [self.add_ticket(number, age=9 - number) for number in range(3)]
+
+        def goes_on(handler, work):
+            answer = work()
+            self.mattermost.change(posts[0], message="changed")
+            self.mattermost.say(BOB, HELPDESK, "typed", posts[1]["id"])
+            handler.reply(*answer)
+
+        self.mattermost.script(f"GET /channels/{HELPDESK}/posts", goes_on)
+        self.assertEqual(self.remind(), (["Ticket-20261123-0002"], []))
 
 
 # ------------------------------------------------------------------------- the files beside it

@@ -776,13 +776,21 @@ class TicketMemory:
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     update_at: int = 0  # of its post, in milliseconds
+    entry: Json = field(default_factory=dict)  # the last of its history
     status: Json = field(default_factory=dict)  # status, status_by and status_at
     answers_print: str = ""
 
+    def is_newer_than(self, ticket: Ticket) -> bool:
+        """Return whether we know of a change that a ticket does not show yet.
+
+        The times alone do not tell: Mattermost's clock may be set back, and its nodes' may differ.
+        """
+        return ticket.update_at < self.update_at and self.entry not in ticket.history
+
     def learn(self, ticket: Ticket, update_at: int) -> None:
         """Remember a ticket's state, unless a newer one is known."""
-        if update_at >= self.update_at:
-            self.update_at = update_at
+        if not self.is_newer_than(ticket):
+            self.update_at, self.entry = update_at, ticket.history[-1]
             self.status = {key: ticket.data[key] for key in ("status", "status_by", "status_at")}
             self.answers_print = ticket.answers_print
 
@@ -849,7 +857,7 @@ class Changes:
         memory = self.memories.get_or_add(post_id, TicketMemory())
         while True:
             ticket = self.mattermost.retried(lambda: self.read_once(post_id, ticket_id))
-            if ticket.update_at >= memory.update_at:
+            if not memory.is_newer_than(ticket):
                 return ticket
             if not self.mattermost.waited(self.mattermost.pause):
                 return replace(ticket, is_stale=True, answers_print=memory.answers_print,
@@ -1153,6 +1161,8 @@ class Ticket:
         """Return the ticket with its status line and its heading's mark brought up to date."""
         if line := status_line(self.message, self.id):
             before, after = self.message[:line.start()], self.message[line.end():]
+        elif (span := self.body_lines()) and span.start == 0:  # edited away, with the heading
+            before, after = "", f"\n{self.message}"
         else:  # it was edited away: it becomes the second line
             marked = MARKED_HEADING_RE.search(self.message)
             start = marked.start() if marked else 0
@@ -3465,7 +3475,8 @@ def read_form(path: str) -> Form:
 def read_url(text: str, suffix: str) -> str:
     """Return an http or https URL without a slash at its end; the suffix is what we add to it."""
     url = urllib.parse.urlsplit(text)
-    if not PRINTABLE_RE.fullmatch(text) or url.scheme not in ("http", "https") or not url.hostname:
+    if not PRINTABLE_RE.fullmatch(text) or url.scheme not in ("http", "https") or (
+            not url.hostname or url.netloc.endswith(":")):
         raise ValueError("must be a URL such as https://host or http://host:8080/path, no quotes")
     if url.port == 0 or any(mark in text for mark in "@?#\"'"):
         raise ValueError("must be a URL without user name, query, fragment and quotes")
@@ -4823,14 +4834,10 @@ def remind(settings: Settings, days: float) -> int:
                 break
             if ticket.channel_id in closed_to_us:
                 continue
-            mark = archive.service.seal.signatures("remind", f"{ticket.post_id} {news}")[0]
             try:
-                with archive.mattermost.retrying():
-                    archive.service.channels.reply(
-                        ticket.channel_id, ticket.post_id,
-                        reminder(ticket, news, settings.form.mention), mark)
-                print(ticket.id, flush=True)
-                told += 1
+                if remind_of(ticket, news, archive):
+                    print(ticket.id, flush=True)
+                    told += 1
             except NotAllowed as error:
                 failed += 1
                 say(f"{ticket.id} was not reminded of: {error}")
@@ -4838,6 +4845,18 @@ def remind(settings: Settings, days: float) -> int:
                 closed_to_us.add(ticket.channel_id)
                 say(f"{ticket.id} and others there were not reminded of: {error.log}")
     return 1 if failed or closed_to_us or not archive.is_whole else 0
+
+
+def remind_of(ticket: Ticket, news: int, archive: Archive) -> bool:
+    """Reply to a ticket, unless something has happened in it since `news`; return whether."""
+    mattermost = archive.mattermost
+    mark = archive.service.seal.signatures("remind", f"{ticket.post_id} {news}")[0]
+    with mattermost.retrying():
+        if last_news(mattermost.retried(lambda: mattermost.get_post(ticket.post_id))) > news:
+            return False
+        archive.service.channels.reply(ticket.channel_id, ticket.post_id,
+                                       reminder(ticket, news, archive.form.mention), mark)
+    return True
 
 
 def last_news(post: Json) -> int:
