@@ -4354,9 +4354,18 @@ class KeptTlsConnectionTest(KeptConnectionTest):
         return super().settings(**{"SSL_CERT_FILE": str(self.ca_file), **changes})
 
     def test_a_certificate_of_an_unknown_ca_is_refused_and_nothing_is_sent(self):
-        other = self.start_service(SSL_CERT_FILE="")
-        with self.assertRaisesRegex(ticket_service.MattermostError, "CERTIFICATE_VERIFY") as failed:
-            other.service.mattermost.get_me()
+        self.start_service(SSL_CERT_FILE="")
+        self.assert_hopeless("CERTIFICATE_VERIFY.*in SSL_CERT_FILE\\?$")
+
+    def test_where_no_tls_is_spoken_it_is_said_so(self):
+        self.mattermost.tls, url = None, self.mattermost.url
+        self.start_service(MATTERMOST_URL=url)
+        self.assert_hopeless("WRONG_VERSION.*is it http://\\?$")
+
+    def assert_hopeless(self, why):
+        mattermost = self.service.service.mattermost
+        with self.assertRaisesRegex(ticket_service.MattermostError, why) as failed:
+            mattermost.get_me()
         self.assertFalse(failed.exception.may_pass)  # "again in a moment" would not be true
         self.assertEqual(self.mattermost.run_command(), ticket_service.NOT_SECURE)
         self.assertEqual(self.mattermost.calls, [])
@@ -6359,6 +6368,7 @@ dialog label.name { display: block; font-weight: bold; }
 dialog #switch { display: block; margin: -1rem -1rem .8rem; padding: .6rem 1rem; }
 dialog .buttons { display: flex; justify-content: end; gap: .5rem; }
 dialog button.main { background: #1c58d9; color: #fff; border-color: #1c58d9; }
+dialog button.main:disabled::after { content: " (waiting, 20 seconds at most)"; }
 @media (min-width: 60rem) {
   .page { display: grid; grid-template-columns: 19rem minmax(0, 1fr); gap: 2rem; }
   #threads { position: sticky; top: 0; align-self: start; max-height: 100vh; overflow: auto; }
@@ -6734,6 +6744,17 @@ class Demo(StandIn):
         super().__init__(port=port, handler=DemoHandler)
         self.failing = "well"
         self.told_at = collections.defaultdict(self.now)  # when each ephemeral text came
+        self.names = {
+            HELPDESK: "helpdesk: the bot is in", QUIET: "quiet: public, the bot is not in",
+            SECRET: "secret: private, the bot is not in",
+            DIRECT: "alice and bob: a direct message"}
+
+    def add_channels(self, form):
+        """Let there be the channels to which a form's options send tickets."""
+        for number, channel_id in enumerate(form.channels, 1):
+            name = f"form-{number}"
+            self.channels.setdefault(channel_id, Channel(name, members=(ALICE, BOB, BOT)))
+            self.names.setdefault(channel_id, f"{name}: where an option sends tickets")
 
     def seen_by(self, user):
         """Return all that the page shows to a person."""
@@ -6742,7 +6763,7 @@ class Demo(StandIn):
                       "bot": "bot" if post["user_id"] == BOT else "",
                       "at": self.posts[post["root_id"] or post["id"]]["create_at"]}
                      for post in self.posts.values()
-                     if post["channel_id"] in CHANNELS_OF_THE_PAGE]
+                     if post["channel_id"] in self.names]
             posts += [{"id": f"ephemeral{number}", "channel_id": channel, "author": USERS[to],
                        "only": USERS[to], "bot": "", "hashtags": "", "root_id": "",
                        "message": text, "props": {}, "create_at": self.told_at[number],
@@ -6754,7 +6775,7 @@ class Demo(StandIn):
                     for way, call, body, answer in self.wire[-50:]]
             return {
                 "posts": sorted(posts, key=lambda post: post["at"]),
-                "channels": list(CHANNELS_OF_THE_PAGE.items()),
+                "channels": list(self.names.items()),
                 "people": [(user, account["username"]) for user, account in self.accounts.items()
                            if not account["delete_at"]],
                 "number": number, "dialog": self.dialogs[number - 1][2] if number else None,
@@ -6773,7 +6794,7 @@ class Demo(StandIn):
         elif text == "/invite @ticket-bot" and channel_id != DIRECT:
             self.channels[channel_id].members.add(BOT)
         elif word.startswith("/"):
-            complaint = f"Command with a trigger of '{word}' not found."
+            complaint = f"Command with a trigger of '{word[1:]}' not found."
         else:
             self.say(user, channel_id, text, root_id)
         return {"complaint": complaint}
@@ -6795,11 +6816,6 @@ class Demo(StandIn):
         self.failure = FAILURES[self.failing]
 
 
-CHANNELS_OF_THE_PAGE = {
-    HELPDESK: "helpdesk: the bot is in", QUIET: "quiet: public, the bot is not in",
-    SECRET: "secret: private, the bot is not in", DIRECT: "alice and bob: a direct message"}
-
-
 def run_demo(port):
     """Run the stand-in with its page, and the service, until Ctrl-C; return the exit status."""
     try:
@@ -6816,6 +6832,7 @@ def run_demo(port):
         print(error, file=sys.stderr)
         stand_in.server_close()
         return 2
+    stand_in.add_channels(settings.form)
     signals = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     service = ticket_service.Server(
@@ -6930,6 +6947,17 @@ class DemoTest(Case):
         self.ask("say", channel=SECRET, text="/ticket")
         self.assertEqual(len(self.mattermost.dialogs), 1)
         self.assertIn("not found", self.ask("say", text="/nothing")["complaint"])
+
+    def test_the_channels_to_which_a_form_leads_are_there(self):
+        self.start_with_form(RoutingTest.form)
+        self.mattermost.add_channels(self.service.service.form)
+        with self.events() as alice:
+            self.ask("say", text="/ticket")
+            self.assertEqual(self.ask("submit", number=1, answers={
+                "kind": "net", "problem": "disk"}), {})
+            state = alice(lambda state: len(state["posts"]) == 3)
+            self.assertEqual(state["posts"][0]["channel_id"], NETOPS)
+            self.assertLessEqual({NETOPS, STORAGE}, set(dict(state["channels"])))
 
     def test_each_failure_keeps_the_dialog_open_and_ends_with_its_switch(self):
         self.limit(patience=0, timeout=0.2)

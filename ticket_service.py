@@ -250,8 +250,8 @@ OUR_FAULT = "Something went wrong in the ticket service. Please try again, or te
 # In a form, above its buttons.
 FORM_INVALID = "This form is no longer valid. Copy your text, open the form again and paste it."
 NOT_REACHED = "Mattermost does not answer. Submit again in a moment: nothing is done twice."
-NOT_ACCEPTED = "Mattermost did not accept the ticket. Please tell your admin, or change it."
-REJECTED = "Mattermost did not accept the ticket: {reason}"
+NOT_ACCEPTED = "Mattermost did not accept the ticket. Please change it, or tell your admin."
+REJECTED = "Mattermost did not accept the ticket. Please change it, or tell your admin: {reason}"
 NOT_KNOWN = "Your ticket may be there: look for it. If it is not, copy your text to a new /ticket."
 NOT_KNOWN_BY_ID = ("Your ticket may be there: search for #{ticket_id}. If it is not, copy your "
                    "text to a new /ticket.")
@@ -1659,7 +1659,9 @@ LIST_BYTES = 16 * 2**20  # of a list of posts
 POSTS = 1000  # that Mattermost lists at most
 ERROR_ID_RE = re.compile(r"[a-z0-9_.]{1,100}")
 PROXY_LOGIN = "Proxy-authorization"  # as urllib writes this header
-HOPELESS_RE = re.compile("CERTIFICATE_VERIFY_FAILED|WRONG_VERSION_NUMBER")  # OpenSSL's words
+HOPELESS = {  # OpenSSL's words for what does not pass, and what an admin can do
+    "CERTIFICATE_VERIFY_FAILED": "is its CA in SSL_CERT_FILE?",
+    "WRONG_VERSION_NUMBER": "no TLS is spoken there: is it http://?"}
 TUNNEL_REFUSED_RE = re.compile(r"Tunnel connection failed: (\d{3})")  # by a proxy, says http.client
 NO_API = "api.context.404.app_error"  # an address of Mattermost's, but none of its API
 # Mattermost's names for errors, as far as they mean something here.
@@ -1746,9 +1748,10 @@ def unanswered_call(error: Exception, peer: str) -> MattermostError:
     is_connected = not isinstance(error, NotConnected)
     cause = error if is_connected else error.args[0]
     refused = TUNNEL_REFUSED_RE.search(str(cause))
+    hint = next((hint for words, hint in HOPELESS.items() if words in str(cause)), "")
     return MattermostError(
-        f"no answer of {peer}: {cause!r:.300}", int(refused[1]) if refused else None,
-        is_connected=is_connected, is_hopeless=bool(HOPELESS_RE.search(str(cause))))
+        f"no answer of {peer}: {cause!r:.300}{hint and ': '}{hint}",
+        int(refused[1]) if refused else None, is_connected=is_connected, is_hopeless=bool(hint))
 
 
 def redirected_to(location: str | None, url: str) -> str:
