@@ -6287,7 +6287,7 @@ class FilesTest(unittest.TestCase):
                                       self.readme))
         self.assertLessEqual(set(re.findall(r"(?m)^#?Secret=([\w-]+)", self.unit)), secrets_made)
 
-    def test_the_readme_fits_a_sitting_and_leads_nowhere_else(self):
+    def test_the_readme_fits_a_sitting_and_what_it_points_to_is_there(self):
         shown = re.sub(r"(?s)<details.*?</details>", "", self.readme)
         self.assertLessEqual(len(shown.split()), 1900)
         places = {heading.lower().replace(" ", "-")
@@ -6368,7 +6368,7 @@ dialog label.name { display: block; font-weight: bold; }
 dialog #switch { display: block; margin: -1rem -1rem .8rem; padding: .6rem 1rem; }
 dialog .buttons { display: flex; justify-content: end; gap: .5rem; }
 dialog button.main { background: #1c58d9; color: #fff; border-color: #1c58d9; }
-dialog button.main:disabled::after { content: " (waiting, 20 seconds at most)"; }
+dialog button.main:disabled::after { content: " (waiting, up to 25 seconds)"; }
 @media (min-width: 60rem) {
   .page { display: grid; grid-template-columns: 19rem minmax(0, 1fr); gap: 2rem; }
   #threads { position: sticky; top: 0; align-self: start; max-height: 100vh; overflow: auto; }
