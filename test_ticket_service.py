@@ -6243,6 +6243,10 @@ class FilesTest(unittest.TestCase):
         self.assertEqual(re.findall(r"(?m)^COPY .*? (\S+) /app/", self.containerfile),
                          ["ticket_service.py"])
 
+    def test_a_container_is_stopped_by_a_signal_that_ends_the_service(self):
+        name = re.search(r"(?m)^STOPSIGNAL (\w+)$", self.containerfile)[1]
+        self.assertIn(signal.Signals[name], ticket_service.SIGNALS)
+
     def test_the_port_is_the_same_everywhere(self):
         self.assertEqual(SettingsTest().read().port, 8080)
         self.assertIn("PublishPort=8080:8080\n", self.unit)
