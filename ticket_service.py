@@ -901,16 +901,7 @@ class Changes:
                     ) -> Change | None:
         """Return the change that an Edit asks for, whatever status the ticket has; or None."""
         form, directory = self.service.form, self.service.directory
-        # A form can't show people and channels chosen before: where it is left empty, they stay.
-        values = form.values_in(
-            form.keeping_people_and_channels(submission.answers, ticket.answers),
-            opened=asked.time)
-        for name, old in ticket.answers.items():
-            if name in values and listed(values[name]) == listed(old):
-                values[name] = old  # a select that has become multiselect gives ["a"] for "a"
-        values = {name: answer for name, answer in values.items()
-                  # A box that the form did not have then, and that is not ticked, is no change.
-                  if answer is not False or name in ticket.answers}
+        values = self.edited_values(ticket, submission, opened=asked.time)
         if fingerprint(values) == ticket.answers_print:
             return None
         if ticket.answers_print != asked.answers_print:
@@ -931,6 +922,19 @@ class Changes:
                 by=asked.user_name, sentence=THEY_ARE_OUTSIDE.format(people=people)))
         # The old answers are kept beside the reply, for whoever wants them back.
         return Change(changed, "\n".join(news), {"ticket_before": ticket.answers})
+
+    def edited_values(self, ticket: Ticket, submission: Submission, opened: int) -> Json:
+        """Return the answers in an Edit: what nobody has changed is exactly as in the ticket."""
+        form = self.service.form
+        # A form can't show people and channels chosen before: where it is left empty, they stay.
+        values = form.values_in(
+            form.keeping_people_and_channels(submission.answers, ticket.answers), opened)
+        for name, old in ticket.answers.items():
+            if name in values and listed(values[name]) == listed(old):
+                values[name] = old  # a select that has become multiselect gives ["a"] for "a"
+        # A box that the form did not have then, and that is not ticked, is no change.
+        return {name: answer for name, answer in values.items()
+                if answer is not False or name in ticket.answers}
 
     def tell_thread(self, change: Change | None) -> None:
         """Post a change's reply in the ticket's thread, once the post shows the change."""
