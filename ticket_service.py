@@ -1280,7 +1280,7 @@ def check_length(ticket: Ticket, mattermost: Mattermost) -> None:
     longest = max(line_length(status, longest_name, longest_name) for status in STATUSES)
     growth = longest - line_length(ticket.status, ticket.status_by, ticket.editor)
     length = len(ticket.message) + growth
-    if length <= MAX_POST_SIZE:  # below the limits of bytes, too: four for a character, in each
+    if length <= MAX_POST_SIZE:  # at four bytes for each, twice, it is below all limits of bytes
         return
     # Three limits: characters of the message; its bytes, as Mattermost looks for no mention in a
     # longer one; bytes of the whole post.
@@ -1664,7 +1664,7 @@ POSTS = 1000  # that Mattermost lists at most
 ERROR_ID_RE = re.compile(r"[a-z0-9_.]{1,100}")
 PROXY_LOGIN = "Proxy-authorization"  # as urllib writes this header
 HOPELESS = {  # OpenSSL's words for what does not pass, and what an admin can do
-    "CERTIFICATE_VERIFY_FAILED": "is its CA in SSL_CERT_FILE?",
+    "CERTIFICATE_VERIFY_FAILED": "SSL_CERT_FILE names the CAs to trust",
     "WRONG_VERSION_NUMBER": "no TLS is spoken there: is it http://?"}
 TUNNEL_REFUSED_RE = re.compile(r"Tunnel connection failed: (\d{3})")  # by a proxy, says http.client
 NO_API = "api.context.404.app_error"  # an address of Mattermost's, but none of its API
